@@ -1,0 +1,72 @@
+"""`engrid publish`, `engrid versions`: which version of a run's memory new readers get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from engrid.client import MemoryClient, prune_versions, publish_version, rollback_version
+from engrid.client.pins import tables_held
+from engrid.directory import Version
+from engrid.worker.checkpoint import open_checkpoint, serve_tables
+
+from .status import members
+
+
+@contextmanager
+def _memory(run_dir: Path) -> Iterator[MemoryClient]:
+    directory, _, _ = members(run_dir)
+    with MemoryClient(directory) as client:
+        yield client
+
+
+def publish(run_dir: Path, checkpoint: Path) -> tuple[str, str, list[str]]:
+    """Loads the checkpoint's rows, makes them the run's current version and drops what nobody needs any more.
+
+    Returns the run, the version and the tables dropped.
+    """
+    saved = open_checkpoint(checkpoint)
+    with _memory(run_dir) as client, serve_tables(saved, client) as pin:
+        publish_version(client, saved.run, Version(pin.version, pin.tables))
+        return saved.run, pin.version, prune_versions(client, saved.run)
+
+
+def roll_back(run_dir: Path, run: str, to: str) -> str:
+    """Makes an earlier version current again and returns its name."""
+    with _memory(run_dir) as client:
+        return rollback_version(client, run, to).name
+
+
+def prune(run_dir: Path, run: str) -> list[str]:
+    """Drops versions that nobody reads, but for the current one and the one before it; returns tables dropped."""
+    with _memory(run_dir) as client:
+        return prune_versions(client, run)
+
+
+def show_versions(run_dir: Path, console: Console) -> None:
+    """Prints what is published and what else is loaded."""
+    with _memory(run_dir) as client:
+        if not client.connections.epoch:
+            console.print("no tables yet", style="dim")
+            return
+        placement, held = client.placement, tables_held(client.connections)
+    table = Table("run", "version", "", "readers", "GiB")
+    published = {name for versions in placement.versions.values() for each in versions for name in each.tables}
+    rows = [
+        (run, each.name, "current" if each is versions[-1] else "published", each.tables)
+        for run, versions in sorted(placement.versions.items())
+        for each in versions
+    ]
+    loose: dict[tuple[str, str], list[str]] = {}
+    for name, spec in placement.tables.items():
+        if spec.version and name not in published:
+            loose.setdefault((name.partition(".engram.")[0], spec.version), []).append(name)
+    rows += [(run, version, "loaded", tuple(names)) for (run, version), names in sorted(loose.items())]
+    for run, version, state, names in rows:
+        size = sum(placement.tables[name].rows * placement.tables[name].row_bytes for name in names)
+        table.add_row(run, version, state, "yes" if held & set(names) else "no", f"{size / (1 << 30):.3f}")
+    console.print(table)

@@ -1,0 +1,136 @@
+"""What a model is: its Engram memory (EngramSpec) and its transformer (ModelConfig). Both travel as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from engrid.tables import RowFormat, check_int, check_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngramSpec:
+    """The memory of one model: which layers have a table, and how n-grams address its rows (engram.md, 2-4)."""
+
+    layers: tuple[int, ...]
+    """Transformer layers that have an Engram layer, 0-based, in the order that hands out primes."""
+    max_ngram: int
+    """Largest n-gram order N; orders 2..N are used."""
+    heads: int
+    """Hash heads K per order."""
+    vocab_size: tuple[int, ...]
+    """Rows per head for each order 2..N, before rounding up to primes."""
+    row_width: int
+    """Values per row."""
+    row_format: RowFormat = "float32"
+    pad_token_id: int = 2
+    """Raw id whose canonical id stands before a sequence starts."""
+    seed: int = 0
+    """Of the hash multipliers and the initial rows."""
+    init_std: float = 0.02
+    """Standard deviation of the initial rows."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "vocab_size", tuple(self.vocab_size))
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"layers {self.layers}: give at least one layer, each once, from 0")
+        if self.max_ngram < 2:
+            raise ValueError(f"max_ngram {self.max_ngram}: the smallest order is 2")
+        if self.heads < 1 or self.row_width < 1:
+            raise ValueError(f"heads {self.heads}, row_width {self.row_width}: both must be at least 1")
+        if len(self.vocab_size) != self.max_ngram - 1 or min(self.vocab_size) < 2:
+            raise ValueError(
+                f"vocab_size {self.vocab_size}: give rows per head (2 or more) for each order 2..{self.max_ngram}"
+            )
+
+    @property
+    def orders(self) -> range:
+        """2..N."""
+        return range(2, self.max_ngram + 1)
+
+    @property
+    def heads_per_token(self) -> int:
+        """(N-1) * K: rows read per token and layer."""
+        return (self.max_ngram - 1) * self.heads
+
+    @property
+    def embed_width(self) -> int:
+        """Values of a token's concatenated rows."""
+        return self.heads_per_token * self.row_width
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        check_keys("EngramSpec", values, {field.name for field in fields(cls)})
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer with MoE feed-forward layers and, on some layers, an Engram."""
+
+    vocab_size: int
+    """Token ids the embedding and the head know."""
+    d_model: int
+    layers: int
+    heads: int
+    """Query heads; d_model / heads is a head's width."""
+    kv_heads: int
+    """Key and value heads, each shared by heads / kv_heads queries."""
+    context: int
+    """Longest sequence, in tokens."""
+    experts: int
+    """Routed experts per layer."""
+    top_k: int
+    """Routed experts a token goes to."""
+    shared_experts: int
+    """Experts every token goes to."""
+    expert_width: int
+    """Hidden values of one expert."""
+    rope_theta: float = 10_000.0
+    seed: int = 0
+    """Of the initial weights."""
+    engram: EngramSpec | None = None
+    """None: the same transformer without memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "layers", "heads", "kv_heads", "context", "experts", "expert_width"):
+            check_int(name, asdict(self)[name], 1, 2**31)
+        for name in ("shared_experts", "seed", "top_k"):
+            check_int(name, asdict(self)[name], 0, 2**63)
+        if self.d_model % self.heads or self.heads % self.kv_heads or self.d_model // self.heads % 2:
+            raise ValueError(
+                f"d_model {self.d_model}, heads {self.heads}, kv_heads {self.kv_heads}: heads must divide d_model into "
+                "even widths, and kv_heads must divide heads"
+            )
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k {self.top_k}: must be 1 to experts ({self.experts})")
+        if self.engram and max(self.engram.layers) >= self.layers:
+            raise ValueError(f"engram layers {self.engram.layers}: the model has layers 0..{self.layers - 1}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        check_keys("ModelConfig", values, {field.name for field in fields(cls)})
+        engram = values["engram"]
+        return cls(**{**values, "engram": EngramSpec.from_json(engram) if engram is not None else None})
+
+
+PRESETS = {
+    "demo": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
+    "v41": EngramSpec(
+        layers=(1, 14),
+        max_ngram=4,
+        heads=8,
+        vocab_size=(16_000_000, 16_000_000, 16_000_000),
+        row_width=256,
+        row_format="fp8_e4m3_ue8m0",
+    ),
+}
+"""Published shapes (engram.md, 8), hashed over DeepSeek's tokenizer."""

@@ -1,0 +1,33 @@
+"""The mathematics of a table's rows, in numpy alone: what a table is, its initial rows, formats and optimizers.
+
+Shards hold a RowTable per partition, the model's in-process tables one per table; both therefore compute the same
+bits. This package imports nothing else of ours.
+"""
+
+from .errors import NonFiniteGradientError, ReadOnlyTableError, RowOutOfRangeError, TableError
+from .formats import decode_rows, encode_rows
+from .gradients import check_finite, sum_duplicates
+from .initial import initial_rows
+from .row_table import RowTable
+from .spec import NAME, OptimizerKind, OptimizerSpec, RowFormat, TableSpec, check_float, check_int, check_keys
+
+__all__ = [
+    "NAME",
+    "NonFiniteGradientError",
+    "OptimizerKind",
+    "OptimizerSpec",
+    "ReadOnlyTableError",
+    "RowFormat",
+    "RowOutOfRangeError",
+    "RowTable",
+    "TableError",
+    "TableSpec",
+    "check_finite",
+    "check_float",
+    "check_int",
+    "check_keys",
+    "decode_rows",
+    "encode_rows",
+    "initial_rows",
+    "sum_duplicates",
+]

@@ -1,0 +1,1 @@
+"""The wire contract: generated from the .proto files beside this; see `make stubs`. Never edited."""

@@ -1,0 +1,50 @@
+"""Versions: which sealed tables together are a model's memory at one time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engrid.tables import TableSpec, check_keys
+
+from .errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Version:
+    """A sealed state of all tables of a model."""
+
+    name: str
+    """As in the names of its tables, behind the @."""
+
+    tables: tuple[str, ...]
+    """Names of its sealed tables."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `versions_from_json` reads."""
+        return {"name": self.name, "tables": list(self.tables)}
+
+
+def check_version(run: str, version: Version, tables: Mapping[str, TableSpec]) -> None:
+    """Raise PlacementError unless all tables of the version are there and of that version."""
+    if not version.tables:
+        raise PlacementError(f"version {version.name} of run {run} has no tables; name them")
+    for table in version.tables:
+        if table not in tables or tables[table].version != version.name:
+            raise PlacementError(
+                f"version {version.name} of run {run} names {table}, which is no table of that version in the placement"
+            )
+
+
+def versions_from_json(run: str, versions: Any) -> tuple[Version, ...]:
+    """Raises ValueError for anything that is not a list of what `to_json` returns."""
+    if not isinstance(versions, list):
+        raise PlacementError(f"versions of run {run} are {versions!r}; give a JSON array")
+    result = []
+    for each in versions:
+        check_keys(f"a version of run {run}", each, {"name", "tables"})
+        if not isinstance(each["name"], str) or not isinstance(each["tables"], list):
+            raise PlacementError(f"a version of run {run} is {each!r}; give a name and an array of tables")
+        result.append(Version(each["name"], tuple(each["tables"])))
+    return tuple(result)

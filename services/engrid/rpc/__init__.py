@@ -1,0 +1,1 @@
+"""What every process of Engrid shares on the wire: errors, channels, servers, and the hot messages' frames."""

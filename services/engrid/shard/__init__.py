@@ -1,0 +1,1 @@
+"""One memory shard: partitions of Engram tables in flat arrays, served and updated over gRPC."""

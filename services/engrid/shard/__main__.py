@@ -1,0 +1,49 @@
+"""Runs one shard until it is told to stop: python -m engrid.shard --listen HOST:PORT --directory URL."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from engrid.directory import DirectoryError
+from engrid.rpc.allocator import keep_buffers
+from engrid.rpc.errors import EngridError
+
+from .config import ShardConfig
+from .server import ShardServer
+
+
+def serve(config: ShardConfig) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves."""
+    keep_buffers()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    server = ShardServer(config)
+    print(f"shard {server.name} serves at {server.address}", flush=True)
+    stop.wait()
+    server.stop()
+
+
+def main() -> None:
+    """Parses the command line of `python -m engrid.shard`; `engrid shard` offers the same."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--listen", default=ShardConfig.listen)
+    parser.add_argument("--directory", required=True)
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--log-bytes", type=int, default=ShardConfig.log_bytes)
+    parser.add_argument("--memory-bytes", type=int)
+    parser.add_argument("--advertise-host")
+    options = parser.parse_args()
+    try:
+        serve(ShardConfig(**vars(options)))
+    except (EngridError, DirectoryError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a shard is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """Who a shard is, where it listens and how much it may hold."""
+
+    name: str
+    """Name in the placement; unique in the directory."""
+    listen: str = "127.0.0.1:0"
+    """host:port; port 0 for any free one."""
+    advertise_host: str | None = None
+    """Host that clients reach us by, where `listen` binds all interfaces; default: the host of `listen`."""
+    directory: str
+    """file:PATH of a run directory, or redis://HOST:PORT[/DB][?prefix=NAME]."""
+    state: Path | None = None
+    """Folder of the shard's log and base, from which it goes on when it is started again; None: nothing is kept."""
+    log_bytes: int = 2 << 30
+    """A start replays about this much at most: then the shard writes its rows to disk and lets the log go."""
+    image_bytes: int = 256 << 20
+    """Memory for rows that are pushed to while they are being written to disk; pushes wait where it is full."""
+    memory_bytes: int | None = None
+    """Most bytes of rows and optimizer state to hold; None: 80 % of what is free at the start."""
+    max_streams: int = 64
+    """Lookup streams open at a time; one more is refused. Each holds a thread."""
+    unary_threads: int = 8
+    """Threads kept for pushes, health and the rest."""
+    max_reply_bytes: int = 8 << 20
+    """Largest rows in one lookup reply, in bytes; a request for more is refused."""
+    reply_timeout: float = 30.0
+    """Seconds a client may leave a reply untaken before its stream is ended, and the stream's thread free again."""
+    shared_memory: bool = True
+    """Hand sealed rows to processes of this host and user, to be mapped and read without asking."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"shard name {self.name!r}: give a name without slashes")
+        host, colon, port = self.listen.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"listen {self.listen!r}: give HOST:PORT, for example 127.0.0.1:7400 or 127.0.0.1:0")
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ValueError(f"memory_bytes {self.memory_bytes}: give a positive number of bytes")
+        if self.log_bytes < 1 or self.image_bytes < 1:
+            raise ValueError("log_bytes and image_bytes must be at least 1")
+        if self.max_streams < 1 or self.unary_threads < 1 or self.max_reply_bytes < 1:
+            raise ValueError("max_streams, unary_threads and max_reply_bytes must be at least 1")
+        if not self.reply_timeout > 0:
+            raise ValueError(f"reply_timeout {self.reply_timeout}: give a positive number of seconds")
+
+
+def free_memory_bytes() -> int:
+    """Bytes this process may still take: the machine's free memory, or less where a cgroup limits us."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free

@@ -1,0 +1,363 @@
+"""What a shard decides, without any I/O: which placement it serves, which push it takes, when a step applies.
+
+The servicer hands each message in under one lock and carries out what comes back; a simulator can drive the
+same class. There is no thread, clock, socket, file or row in here: gradients pass through as opaque payloads.
+
+A push goes through three questions, in this order, and answers the first that fails:
+
+    whose run is it?      run unknown, older attempt, newer attempt   -> RUN_MISMATCH, FENCED, RUN_MISMATCH
+    seen before?          seq <= watermark                            -> DUPLICATE, nothing changes
+    is it the next?       seq > watermark + 1, or step not the next   -> EXPECTED
+
+All partitions of a request are asked before any is changed, so a refused request leaves nothing behind. A
+step of a partition applies once, when each worker's push of it is in and, where pushed with `hold`, committed
+by its worker. `hold` is what makes a step all or nothing across shards: a worker commits only after every
+shard took its push, so where one shard refuses, no shard applies. Until then a worker may push the step
+again, with the next seq, and the newer gradients take the place of the older.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engrid.directory import Placement
+from engrid.rpc.errors import (
+    BadRequestError,
+    ExpectedError,
+    FencedError,
+    PinnedError,
+    ReadOnlyTableError,
+    RunMismatchError,
+    ShardUnavailableError,
+    UnknownTableError,
+    WrongEpochError,
+)
+
+from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push
+
+MOST_PIN_SECONDS = 3600.0
+
+
+class ShardCore:
+    """The state machine of one shard. Not thread-safe: the shell serialises calls."""
+
+    def __init__(self, shard: str, recovered: Placement | None = None) -> None:
+        """recovered: the placement this shard served before it was started again. Its partitions are empty until
+        their rows are recovered, loaded or taken away by a newer placement."""
+        self.shard = shard
+        self.placement = recovered
+        self.partitions: dict[PartitionKey, PartitionState] = {}
+        self._pins: dict[str, tuple[frozenset[str], float]] = {}
+        """By reader: sealed tables, and until when."""
+        if recovered is not None:
+            self.partitions = {key: PartitionState(since=self.epoch, empty=True) for key in self._owned(recovered)}
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest placement adopted; 0 before the first."""
+        return self.placement.epoch if self.placement else 0
+
+    def _owned(self, placement: Placement) -> dict[PartitionKey, tuple[int, int]]:
+        return {
+            (part.table, part.index): (part.start, part.stop)
+            for parts in placement.partitions.values()
+            for part in parts
+            if self.shard in part.shards
+        }
+
+    # -- placement
+
+    def plan_adoption(self, placement: Placement, now: float = 0.0) -> Adoption | None:
+        """What adopting would change; None where it is the placement we have. Changes nothing."""
+        if self.shard not in placement.shards:
+            raise BadRequestError(f"placement of epoch {placement.epoch} does not know shard {self.shard}")
+        if placement == self.placement:
+            return None
+        if placement.epoch <= self.epoch:
+            raise WrongEpochError(
+                f"shard {self.shard} is at epoch {self.epoch}; a placement of epoch {placement.epoch} is older",
+                epoch=self.epoch,
+            )
+        after = self._owned(placement)
+        before = self._owned(self.placement) if self.placement else {}
+        kept = [key for key in after if key in before and self._same_rows(placement, key, before[key], after[key])]
+        self._refuse_moves(placement, [key for key in after if key not in kept])
+        if read := sorted(({table for table, _ in before} - {table for table, _ in after}) & self.pinned(now)):
+            raise PinnedError(f"shard {self.shard} cannot drop {', '.join(read)}: it is being read")
+        return Adoption(
+            placement=placement,
+            added=[key for key in after if key not in kept],
+            removed=[key for key in before if key not in kept],
+        )
+
+    def _same_rows(
+        self, placement: Placement, key: PartitionKey, before: tuple[int, int], after: tuple[int, int]
+    ) -> bool:
+        assert self.placement is not None
+        return before == after and self.placement.tables[key[0]] == placement.tables[key[0]]
+
+    def _refuse_moves(self, placement: Placement, added: Sequence[PartitionKey]) -> None:
+        """A partition whose rows lie elsewhere now would start anew here: rows would be lost."""
+        if self.placement is None:
+            return
+        for table in {table for table, _ in added}:
+            if self.placement.tables.get(table) == placement.tables[table]:
+                raise BadRequestError(
+                    f"epoch {placement.epoch} moves rows of table {table}; moving live partitions is not "
+                    "supported yet: drop the table and create it anew"
+                )
+
+    def adopt(self, adoption: Adoption) -> None:
+        """Makes the placement ours, after the shell has allocated what was added."""
+        if adoption.placement.epoch <= self.epoch:
+            raise WrongEpochError(f"shard {self.shard} is at epoch {self.epoch} already", epoch=self.epoch)
+        self.placement = adoption.placement
+        partitions = {key: state for key, state in self.partitions.items() if key not in adoption.removed}
+        for key in adoption.added:
+            sealed = bool(adoption.placement.tables[key[0]].version)
+            partitions[key] = PartitionState(since=self.epoch, empty=sealed)
+        self.partitions = partitions  # lookups go through the old one without a lock
+
+    # -- readers
+
+    def pin(self, reader: str, tables: Sequence[str], seconds: float, now: float) -> None:
+        """A reader uses these sealed tables, and no others, for so many seconds from now."""
+        if not 0 <= seconds <= MOST_PIN_SECONDS:
+            raise BadRequestError(f"a pin of {seconds} seconds: give 0 to {MOST_PIN_SECONDS:g}")
+        live = [table for table in tables if "@" not in table]
+        if live or not reader:
+            raise BadRequestError(f"pins are a reader's and of sealed tables (NAME@VERSION), not of {live or 'nobody'}")
+        self._pins = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        if seconds:
+            self._pins[reader] = (frozenset(tables), now + seconds)
+
+    def pinned(self, now: float) -> frozenset[str]:
+        """Tables that someone reads."""
+        return frozenset().union(*(tables for tables, until in self._pins.values() if until > now))
+
+    # -- training
+
+    def check_begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> bool:
+        """Whether it would change anything; raises what begin_run raises and changes nothing."""
+        if workers < 1 or attempt < 1 or not run:
+            raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker")
+        states = self._of_tables(tables)
+        assert self.placement is not None
+        for table in tables:
+            if self.placement.tables[table].version:
+                raise ReadOnlyTableError(f"table {table} is sealed: it takes no pushes, so no run can begin on it")
+        for (table, index), state in states.items():
+            if state.run == run and state.attempt > attempt:
+                raise FencedError(
+                    f"attempt {attempt} of run {run} is older than attempt {state.attempt} of {table}[{index}]",
+                    attempt=state.attempt,
+                )
+        if len({state.step for state in states.values()}) > 1:
+            raise RunMismatchError(f"partitions of {', '.join(tables)} stand at different steps; load a checkpoint")
+        return any((state.run, state.attempt, state.workers) != (run, attempt, workers) for state in states.values())
+
+    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> int:
+        """Opens an attempt on our partitions of the tables; held pushes of older attempts are dropped.
+
+        Returns the last step applied. The same attempt again changes nothing (a retry).
+        """
+        self.check_begin_run(run, attempt, workers, tables)
+        states = self._of_tables(tables)
+        for state in states.values():
+            if (state.run, state.attempt, state.workers) == (run, attempt, workers):
+                continue
+            state.run, state.attempt, state.workers = run, attempt, workers
+            state.watermarks, state.held = {}, {}
+        return max((state.step for state in states.values()), default=0)
+
+    def _of_tables(self, tables: Sequence[str]) -> dict[PartitionKey, PartitionState]:
+        for table in tables:
+            if self.placement is None or table not in self.placement.tables:
+                raise UnknownTableError(f"shard {self.shard} knows no table {table} at epoch {self.epoch}")
+        return {key: state for key, state in self.partitions.items() if key[0] in tables}
+
+    def check_push(self, push: Push) -> list[bool]:
+        """Per part, whether it is new; raises what push raises and changes nothing."""
+        for table in {part.key[0] for part in push.parts}:
+            self.check_epoch(table, push.epoch)
+        return [self._admit(push, part) for part in push.parts]
+
+    def push(self, push: Push) -> tuple[list[bool], list[Apply]]:
+        """Takes a push whole or not at all. Per part, whether it was new (False: DUPLICATE); then what applies."""
+        new = self.check_push(push)
+        for part, is_new in zip(push.parts, new, strict=True):
+            if is_new:
+                state = self.partitions[part.key]
+                state.watermarks[push.worker] = part.seq
+                state.held[push.worker] = Held(push.step, push.learning_rate, part.gradients, not push.hold)
+        return new, self._ready([part.key for part in push.parts])
+
+    def _admit(self, push: Push, part: PartitionPush) -> bool:
+        state = self.partitions.get(part.key)
+        where = f"{part.key[0]}[{part.key[1]}] on shard {self.shard}"
+        if state is None:
+            raise WrongEpochError(f"{where} is not owned at epoch {self.epoch}", epoch=self.epoch)
+        if state.empty:
+            raise ShardUnavailableError(f"{where} has no rows yet; load them first")
+        self._check_run(push.run, push.attempt, push.worker, state, where)
+        seen = state.watermarks.get(push.worker, 0)
+        if part.seq <= seen:
+            return False
+        if part.seq > seen + 1:
+            raise ExpectedError(
+                f"{where} expects push {seen + 1} of worker {push.worker}, not {part.seq}", expected=seen + 1
+            )
+        held = state.held.get(push.worker)
+        if push.step != state.step + 1 or state.applying or (held is not None and held.committed):
+            raise ExpectedError(
+                f"{where} is at step {state.step}; worker {push.worker} pushed step {push.step}",
+                expected=state.step + 1,
+            )
+        return True
+
+    @staticmethod
+    def _check_run(run: str, attempt: int, worker: int, state: PartitionState, where: str) -> None:
+        if state.run == run and attempt < state.attempt:
+            raise FencedError(
+                f"attempt {attempt} of run {run} is fenced: attempt {state.attempt} has begun on {where}",
+                attempt=state.attempt,
+            )
+        if (state.run, state.attempt) != (run, attempt):
+            holder = f"attempt {state.attempt} of run {state.run}" if state.run else "no run"
+            raise RunMismatchError(f"{where} takes pushes of {holder}, not of attempt {attempt} of run {run}")
+        if worker >= state.workers:
+            raise BadRequestError(f"worker {worker} pushes to {where}, but run {run} has {state.workers} workers")
+
+    def check_commit(self, run: str, attempt: int, worker: int, step: int, epoch: int) -> bool:
+        """Whether it would change anything; raises what commit raises and changes nothing."""
+        mine = {key: state for key, state in self.partitions.items() if state.run == run}
+        if not mine:
+            raise RunMismatchError(f"shard {self.shard} holds no partition of run {run}")
+        for table in {table for table, _ in mine}:
+            self.check_epoch(table, epoch)
+        for (table, index), state in mine.items():
+            where = f"{table}[{index}] on shard {self.shard}"
+            self._check_run(run, attempt, worker, state, where)
+            held = state.held.get(worker)
+            being_applied = state.applying and step == state.step + 1
+            if state.step < step and not being_applied and (held is None or held.step != step):
+                raise ExpectedError(f"{where} lacks worker {worker}'s push of step {step}", expected=state.step + 1)
+        held_now = [state.held.get(worker) for state in mine.values()]
+        return any(held is not None and held.step == step and not held.committed for held in held_now)
+
+    def commit(self, run: str, attempt: int, worker: int, step: int, epoch: int) -> list[Apply]:
+        """Ends the worker's step here; epoch: as of its pushes. A step already applied is a retry and changes nothing."""
+        self.check_commit(run, attempt, worker, step, epoch)
+        mine = {key: state for key, state in self.partitions.items() if state.run == run}
+        for state in mine.values():
+            held = state.held.get(worker)
+            if held is not None and held.step == step:
+                held.committed = True
+        return self._ready(list(mine))
+
+    def _ready(self, keys: Sequence[PartitionKey]) -> list[Apply]:
+        out = []
+        for key in dict.fromkeys(keys):
+            state = self.partitions[key]
+            complete = len(state.held) == state.workers and all(held.committed for held in state.held.values())
+            if not complete or state.applying:
+                continue
+            pushes = [state.held[worker] for worker in sorted(state.held)]
+            state.held, state.applying = {}, True
+            out.append(
+                Apply(
+                    key=key,
+                    step=state.step + 1,
+                    learning_rate=pushes[0].learning_rate,
+                    gradients=[push.gradients for push in pushes],
+                )
+            )
+        return out
+
+    def applied(self, key: PartitionKey, step: int) -> None:
+        """The shell has carried out the Apply of this step."""
+        state = self.partitions.get(key)
+        if state is not None:
+            state.step, state.applying = step, False
+
+    def loaded(self, key: PartitionKey, step: int, run: str = "", attempt: int = 0) -> None:
+        """The shell has overwritten the partition's rows with what an attempt of a run made of `step`.
+
+        Nobody pushes to them before a run begins, and older attempts of the same run stay fenced.
+        """
+        since = self.partitions[key].since
+        self.partitions[key] = PartitionState(run=run, attempt=attempt, step=step, since=since)
+
+    def to_save(
+        self, run: str, attempt: int, step: int, tables: Sequence[str]
+    ) -> dict[PartitionKey, PartitionState] | None:
+        """Our partitions of the tables, where all stand at exactly this step with nothing being applied; None: not yet.
+
+        Raises ExpectedError where one is beyond the step, and what a push of that attempt would raise.
+        """
+        states = self._of_tables(tables)
+        for (table, index), state in states.items():
+            where = f"{table}[{index}] on shard {self.shard}"
+            self._check_run(run, attempt, -1, state, where)
+            if state.step > step or (state.step == step and state.applying):
+                raise ExpectedError(
+                    f"{where} is beyond step {step} already; save a later one", expected=state.step + state.applying
+                )
+        return states if all(state.step == step for state in states.values()) else None
+
+    def to_restore(self, run: str, attempt: int, tables: Sequence[str]) -> list[PartitionKey] | None:
+        """Our partitions of the tables, empty from now on and closed to older attempts; None while one is applied to.
+
+        Raises FencedError where a newer attempt has begun.
+        """
+        states = self._of_tables(tables)
+        for (table, index), state in states.items():
+            if state.run == run and state.attempt > attempt:
+                raise FencedError(
+                    f"attempt {state.attempt} of run {run} has begun on {table}[{index}]: attempt {attempt} is older",
+                    attempt=state.attempt,
+                )
+        if any(state.applying for state in states.values()):
+            return None
+        for key, state in states.items():
+            self.partitions[key] = PartitionState(run=run, attempt=attempt, since=state.since, empty=True)
+        return list(states)
+
+    def check_epoch(self, table: str, epoch: int) -> None:
+        """Raises WrongEpochError where a request was routed before the table of that name was made."""
+        made = max((state.since for (name, _), state in self.partitions.items() if name == table), default=0)
+        if epoch < made:
+            raise WrongEpochError(
+                f"table {table} was made at epoch {made}, after epoch {epoch} by which the request was routed",
+                epoch=self.epoch,
+            )
+
+    def check_made_by(self, table: str, run: str) -> None:
+        """Raises RunMismatchError where rows of the table here are another run's."""
+        for (name, index), state in self.partitions.items():
+            if name == table and state.run != run:
+                holder = f"run {state.run}" if state.run else "no run"
+                raise RunMismatchError(
+                    f"{table}[{index}] on shard {self.shard} holds rows of {holder}, not of run {run}; load the checkpoint again"
+                )
+
+    @property
+    def is_applying(self) -> bool:
+        """Whether the shell still has an Apply to carry out."""
+        return any(state.applying for state in self.partitions.values())
+
+    def is_applying_of(self, run: str) -> bool:
+        """Whether one of them is of this run."""
+        return any(state.applying for state in self.partitions.values() if state.run == run)
+
+    def emptied(self, key: PartitionKey) -> None:
+        """The partition's rows are gone or about to be replaced; whatever stood on them is too."""
+        self.partitions[key] = PartitionState(since=self.partitions[key].since, empty=True)
+
+    def reached(self, table: str) -> int:
+        """The last step applied to every partition of the table here."""
+        return min((state.step for (name, _), state in self.partitions.items() if name == table), default=0)
+
+    def empty(self, table: str) -> bool:
+        """Whether any partition of the table here has no rows to serve yet."""
+        return any(state.empty for (name, _), state in self.partitions.items() if name == table)

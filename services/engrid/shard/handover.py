@@ -1,0 +1,114 @@
+"""Sealed rows handed to processes of this host: a descriptor over a Unix socket, and no request ever again.
+
+    client                                        shard
+      Describe (gRPC) ------------------------->  local_socket, instance
+      connect to local_socket ----------------->  peer's user id, as the kernel tells it: ours or root's
+      {"instance", "table", "partition"} \n  -->
+      <------------ {"start", "stop"} \n and the descriptor (SCM_RIGHTS)    or   {"code", "message"} \n
+
+The socket lies in a folder that only this user may enter. Another container's socket of the same path is told apart by
+`instance`, which a shard draws anew at each start. One request a connection, one connection at a time: each takes
+microseconds, and there is one per client and partition. Live rows are never handed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engrid.rpc.errors import BadRequestError, EngridError, to_message
+from engrid.rpc.handover import MAX_LINE, read_line
+
+from .messages import PartitionKey
+from .sealed import SealedRows
+
+REQUEST_SECONDS = 1.0
+"""A client has to ask and take the answer."""
+
+Find = Callable[[PartitionKey], SealedRows]
+"""The loaded rows of a sealed partition; raises EngridError where they are not here."""
+
+
+class Handover:
+    """Serves from construction until `close`."""
+
+    def __init__(self, find: Find) -> None:
+        """Raises OSError where this host gives no place for a socket."""
+        self.instance = secrets.token_hex(8)
+        self.handed = 0
+        """Descriptors given out."""
+        folder = Path(tempfile.gettempdir(), f"engrid-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+            raise PermissionError(f"{folder} belongs to others or lets them in; remove it")
+        self.path = folder / f"{self.instance}.sock"
+        self._find = find
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(self.path))
+        self._socket.listen(16)
+        self._thread = threading.Thread(target=self._serve, name="engrid handover", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hands nothing over any more; what was handed over stays readable."""
+        with contextlib.suppress(OSError):  # not connected: what shutdown is for here is to wake accept()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(2 * REQUEST_SECONDS)
+        self.path.unlink(missing_ok=True)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            with client, contextlib.suppress(OSError):  # a client that goes away or is slow is its own loss
+                client.settimeout(REQUEST_SECONDS)
+                self._answer(client)
+
+    def _answer(self, client: socket.socket) -> None:
+        try:
+            asked = self._asked(client)  # read first, also of those who may not ask: else they never see the answer
+            _check_peer(client)
+            rows = self._find(asked)
+        except EngridError as error:
+            message = to_message(error)
+            client.sendall(_line({"code": message.code, "message": message.message}))
+            return
+        socket.send_fds(client, [_line({"start": rows.start, "stop": rows.stop})], [rows.descriptor])
+        self.handed += 1
+
+    def _asked(self, client: socket.socket) -> PartitionKey:
+        try:
+            asked = json.loads(read_line(client))
+            instance, table, partition = asked["instance"], asked["table"], asked["partition"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequestError(f"not a request for sealed rows: {error}") from error
+        if instance != self.instance:
+            raise BadRequestError("this is another shard than the one asked for; read its address anew")
+        if not isinstance(table, str) or not isinstance(partition, int):
+            raise BadRequestError("not a request for sealed rows: give the table as text and the partition as a number")
+        return table, partition
+
+
+def _check_peer(client: socket.socket) -> None:
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    if user not in (os.getuid(), 0):
+        raise BadRequestError(f"user {user} may not read the memory of user {os.getuid()}; read over gRPC")
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    raw = json.dumps(values).encode() + b"\n"
+    assert len(raw) <= MAX_LINE
+    return raw

@@ -1,0 +1,73 @@
+"""A shard as it runs: service, gRPC server and directory entry, started together and stopped together."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import ExitStack, suppress
+from functools import partial
+
+from engrid.directory import DirectoryError, ShardRecord, open_directory, this_host
+from engrid.rpc.server import RpcServer
+
+from .config import ShardConfig
+from .handover import Handover
+from .service import ShardService
+from .servicer import MemoryServicer, add_to_server
+
+MEMORY_SERVICE = "engrid.v1.MemoryService"
+
+
+class ShardServer:
+    """Serves from construction until `stop`."""
+
+    def __init__(self, config: ShardConfig) -> None:
+        """Recovers what the shard kept, then listens and registers."""
+        self.name = config.name
+        with ExitStack() as opened:
+            self._directory = open_directory(config.directory)
+            opened.callback(self._directory.close)
+            service = ShardService(config)
+            opened.callback(service.close)
+            handover = _open_handover(service) if config.shared_memory else None
+            servicer = MemoryServicer(service, handover)
+            opened.callback(servicer.close)
+            self._rpc = RpcServer(
+                config.listen,
+                [MEMORY_SERVICE],
+                partial(add_to_server, servicer),
+                threads=config.max_streams + config.unary_threads,
+                advertise_host=config.advertise_host,
+            )
+            opened.callback(self._stop_rpc)
+            if handover is not None:
+                opened.callback(handover.close)
+            self._grace = 0.0
+            self.address = self._rpc.address
+            self._directory.register(
+                ShardRecord(name=config.name, address=self.address, host=this_host(), pid=os.getpid())
+            )
+            self._opened = opened.pop_all()
+
+    def _stop_rpc(self) -> None:
+        self._rpc.stop(self._grace)
+
+    def stop(self, grace: float = 1.0) -> None:
+        """Leaves the directory, finishes calls within `grace` seconds, and closes."""
+        with suppress(DirectoryError):  # a directory that is gone must not keep us from stopping
+            self._directory.unregister(self.name)
+        self._grace = grace
+        self._opened.close()
+
+    def wait(self) -> None:
+        """Blocks until stopped."""
+        self._rpc.wait()
+
+
+def _open_handover(service: ShardService) -> Handover | None:
+    """None where this host has no place for the socket: sealed rows are then read over gRPC."""
+    try:
+        return Handover(service.sealed_rows)
+    except OSError as error:
+        warnings.warn(f"sealed rows cannot be mapped on this host: {error}", stacklevel=2)
+        return None

@@ -1,0 +1,136 @@
+"""One client's lookup stream: requests in, replies out in order, errors and cancels as frames.
+
+The handler's own thread reads, gathers and answers: no hand-over between threads costs the serving path
+anything. A lookup that has to wait for a step would then keep the stream from seeing a CANCEL behind it, so
+the first such wait starts a reader thread, which from then on is the only one to read. Streams of training
+have one, streams of serving never do.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+
+from engrid.rpc.errors import BadRequestError, CancelledError, EngridError, RequestTooLargeError, to_message
+from engrid.rpc.wire import Request, decode_frame, encode_error
+
+from .service import ShardService
+
+MAX_QUEUED = 256
+"""Requests a client may have waiting behind one that waits for a step; one more is refused."""
+MAX_QUEUED_BYTES = 16 << 20
+"""Row ids in them; a request that would pass this is refused."""
+MAX_REFUSED = 1024
+"""Refusals a client may leave untaken; one more ends the stream."""
+
+_Arrived = tuple[Request, float]
+"""A request and when it was read, on time.monotonic()'s clock."""
+
+
+class LookupStream:
+    """Iterates over the replies of one stream."""
+
+    def __init__(self, service: ShardService, frames: Iterator[bytes]) -> None:
+        """frames: LookupFrame messages as they came."""
+        self._service = service
+        self._frames = frames
+        self.untaken_since: float | None = None
+        """When the reply that gRPC has in hand was given to it, on time.monotonic()'s clock; None: it has none."""
+        self._queue: queue.Queue[_Arrived | None] = queue.Queue()
+        # Each has one thread that writes it, the reader and the handler; so neither needs a lock.
+        self._queued_bytes = self._unqueued_bytes = 0
+        self._reader: threading.Thread | None = None
+        self._cancelled: set[int] = set()
+        self._refused: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._closed = False
+        self._damage: EngridError | None = None
+
+    def close(self) -> None:
+        """The call has ended or must: nothing more is waited for. Called by gRPC from a thread of its own."""
+        self._closed = True
+        self._service.wake()
+
+    def replies(self) -> Iterator[bytes]:
+        """One LookupReply per request, until the client closes its side or goes away.
+
+        Raises BadRequestError at a frame that cannot be read: what follows it on the stream cannot be trusted.
+        """
+        for reply in self._replies():
+            self.untaken_since = time.monotonic()
+            yield reply
+            self.untaken_since = None
+        if self._damage is not None:
+            raise self._damage
+
+    def _replies(self) -> Iterator[bytes]:
+        while (arrived := self._next()) is not None:
+            request, at = arrived
+            yield self._answer(request, at)
+            while not self._refused.empty():
+                yield self._refused.get()
+
+    def _next(self) -> _Arrived | None:
+        if self._reader is None:
+            return self._read()
+        arrived = self._queue.get()
+        if arrived is not None:
+            self._unqueued_bytes += arrived[0].id_bytes
+        return arrived
+
+    def _read(self) -> _Arrived | None:
+        """The next request, cancels noted on the way; None at the end of the stream."""
+        try:
+            for raw in self._frames:
+                request = decode_frame(raw)
+                if request.cancel is None:
+                    return request, time.monotonic()
+                self._cancelled.add(request.cancel)
+                self._service.wake()
+        except BadRequestError as error:
+            self._damage = error
+        except grpc.RpcError:
+            # gRPC ends a server's request iterator so when the client goes away.
+            self.close()
+        return None
+
+    def _read_all(self) -> None:
+        while (arrived := self._read()) is not None:
+            request, _ = arrived
+            queued = self._queued_bytes - self._unqueued_bytes
+            if self._queue.qsize() < MAX_QUEUED and queued + request.id_bytes <= MAX_QUEUED_BYTES:
+                self._queued_bytes += request.id_bytes
+                self._queue.put(arrived)
+                continue
+            full = RequestTooLargeError(
+                f"{self._queue.qsize()} requests with {queued} bytes of row ids wait on this stream already "
+                f"(limits: {MAX_QUEUED} and {MAX_QUEUED_BYTES}); take those replies first"
+            )
+            if self._refused.qsize() >= MAX_REFUSED:
+                self._damage = full
+                self.close()
+                break
+            self._refused.put(encode_error(request.number, to_message(full)))
+        self._queue.put(None)
+
+    def _answer(self, request: Request, arrived: float) -> bytes:
+        number = request.number
+
+        def cancelled() -> bool:
+            return self._closed or number in self._cancelled
+
+        if request.step and self._reader is None:
+            self._reader = threading.Thread(target=self._read_all, name="lookup-reader", daemon=True)
+            self._reader.start()
+        try:
+            if number in self._cancelled:
+                raise CancelledError("cancelled by the client")
+            return self._service.lookup(request, arrived + request.timeout_us / 1e6, cancelled)
+        except EngridError as error:
+            self._service.counters.errors += 1
+            return encode_error(number, to_message(error))
+        finally:
+            self._cancelled.discard(number)

@@ -1,0 +1,1 @@
+"""A compute worker: the dense model, training and generation, with rows from the memory shards."""

@@ -1,0 +1,172 @@
+"""Shards that answer nonsense, and connections that break in the middle: a clear error, and no row delivered."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+
+from engrid.client import MemoryClient, create_tables
+from engrid.client.transport import GrpcTransport, Wanted
+from engrid.rpc.channel import MAX_MESSAGE_BYTES
+from engrid.rpc.errors import RequestTooLargeError, RowWidthMismatchError, ShardUnavailableError
+from engrid.rpc.wire import decode_frame
+from engrid.tables import initial_rows
+from engrid.v1 import memory_pb2 as pb
+from tests.proxy import proxy
+from tests.shards import local_shards, table
+
+ROWS = [b"a" * 24, b"b" * 16]
+"""What a good shard would answer to WANTED."""
+WANTED = [("t", np.arange(3), 8), ("u", np.arange(2), 8)]
+
+
+@contextmanager
+def shard_that_answers(*answers):
+    """A real gRPC server whose n-th reply is answers[n](number), sent as it is, and good rows after the last; yields a
+    transport to it."""
+
+    def lookup(frames, context):
+        for index, raw in enumerate(frames):
+            number = decode_frame(raw).number
+            yield answers[index](number) if index < len(answers) else reply(number)
+
+    handlers = {"Lookup": grpc.stream_stream_rpc_method_handler(lookup)}
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_send_message_length", -1)])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("engrid.v1.MemoryService", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    transport = GrpcTransport("bad", f"127.0.0.1:{port}", max_in_flight=8)
+    try:
+        yield transport
+    finally:
+        transport.close()
+        server.stop(0).wait()
+
+
+def reply(number, rows=ROWS):
+    return pb.LookupReply(number=number, rows=rows).SerializeToString()
+
+
+def ask(transport):
+    """A call of WANTED and the list its rows are delivered to."""
+    delivered = []
+    wanted = Wanted(0, "", time.monotonic() + 10)
+    call = transport.lookup(
+        WANTED, wanted, epoch=1, deliver=lambda rows: delivered.extend(bytes(each) for each in rows)
+    )
+    return call, delivered
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [ROWS[0] + b"x", ROWS[1]],
+        [ROWS[0] + bytes(1 << 20), ROWS[1]],
+        [*ROWS, b"x"],
+        [ROWS[1], ROWS[0]],
+        [ROWS[0], ROWS[1][:-1]],
+        ROWS[:1],
+        [],
+    ],
+    ids=[
+        "a byte more",
+        "a megabyte more",
+        "a table more",
+        "tables in another order",
+        "a byte less",
+        "a table less",
+        "none",
+    ],
+)
+def test_other_rows_than_were_asked_for(rows):
+    with shard_that_answers(lambda number: reply(number, rows)) as transport:
+        call, delivered = ask(transport)
+        with pytest.raises(RowWidthMismatchError, match=r"shard bad at 127.0.0.1.*where \[24, 16\] were asked for"):
+            call.wait()
+        assert delivered == []
+        call, delivered = ask(transport)
+        call.wait()
+        assert delivered == ROWS, "the stream goes on"
+
+
+def damaged(number):
+    return [
+        b"\xff",
+        reply(number)[:-1],
+        reply(number)[:10],
+        reply(number)[:2] + b"\x12\xff\xff\xff\x7f" + reply(number)[4:],
+        reply(number) + b"\x1a\x02\xff\xff",
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_damaged_reply_fails_what_is_in_flight_and_the_next_request_opens_a_new_stream(kind):
+    with shard_that_answers(lambda number: damaged(number)[kind]) as transport:
+        calls = [ask(transport) for _ in range(3)]
+        for call, delivered in calls:
+            with pytest.raises(ShardUnavailableError, match=r"shard bad at .*a lookup reply is damaged.*closed"):
+                call.wait()
+            assert delivered == []
+
+
+def test_reply_to_nobody_and_a_second_reply_are_passed_over():
+    with shard_that_answers(lambda number: reply(number + 1000), reply) as transport:
+        unanswered, nothing = ask(transport)
+        call, delivered = ask(transport)
+        call.wait()
+        assert delivered == ROWS
+        unanswered.cancel()
+        assert nothing == []
+
+
+def test_reply_over_the_message_limit():
+    with shard_that_answers(lambda number: reply(number, [bytes(MAX_MESSAGE_BYTES + 1)])) as transport:
+        call, delivered = ask(transport)
+        with pytest.raises(RequestTooLargeError, match=r"shard bad at .*larger than max"):
+            call.wait()
+        assert delivered == []
+
+
+@pytest.mark.parametrize("after", [1, 9, 100, 5_000, 100_000, 900_000])
+def test_connection_reset_in_the_middle_of_a_reply(tmp_path, after):
+    spec = table(rows=20_000, width=64)
+    with local_shards(tmp_path, 1) as (shard,), MemoryClient(f"file:{tmp_path}") as admin:
+        create_tables(admin, [spec])
+        with proxy(shard.address) as between:
+            transport = GrpcTransport("s0", between.address, max_in_flight=8)
+            ids = np.arange(4000)
+            whole = initial_rows(spec, 0, len(ids)).tobytes()
+            assert rows_through(transport, ids) == whole
+            between.left = after
+            delivered = []
+            calls = [
+                transport.lookup(
+                    [("t", ids, spec.row_bytes)],
+                    Wanted(0, "", time.monotonic() + 10),
+                    epoch=1,
+                    deliver=lambda rows: delivered.append(bytes(rows[0])),
+                )
+                for _ in range(3)
+            ]
+            for call in calls:
+                with pytest.raises(ShardUnavailableError, match=f"shard s0 at {between.address}"):
+                    call.wait()
+            assert delivered == [], "a reply that did not arrive whole"
+            until = time.monotonic() + 10
+            while True:  # a request made while the connection goes down may be lost with it
+                try:
+                    assert rows_through(transport, ids) == whole, "the next request opens a stream of its own"
+                    break
+                except ShardUnavailableError:
+                    assert time.monotonic() < until
+            transport.close()
+
+
+def rows_through(transport, ids):
+    delivered = []
+    wanted = Wanted(0, "", time.monotonic() + 10)
+    transport.lookup([("t", ids, 256)], wanted, epoch=1, deliver=lambda rows: delivered.extend(map(bytes, rows))).wait()
+    return delivered[0]

@@ -1,0 +1,126 @@
+"""What a base brings back beside rows, and what waits until a step is applied: a base, another placement."""
+
+import threading
+
+import numpy as np
+
+from engrid.directory.placement import Partition, Placement
+from engrid.shard.base import begin_snapshots
+from engrid.shard.config import ShardConfig
+from engrid.shard.journal import Journal
+from engrid.shard.messages import PartitionPush, Push
+from engrid.shard.records import PushPart
+from engrid.shard.service import ShardService
+from engrid.shard.snapshot import ImageMemory
+from engrid.tables import OptimizerSpec, TableSpec
+from engrid.v1 import memory_pb2 as pb
+from tests.simulated_disk import SimulatedDisk
+
+
+def placement(epoch=1, seed=0):
+    spec = TableSpec(
+        name="t",
+        rows=4,
+        row_format="float32",
+        width=2,
+        seed=seed,
+        layer=0,
+        init_std=0.0,
+        optimizer=OptimizerSpec(kind="sgd"),
+    )
+    return Placement(
+        epoch=epoch,
+        shards={"a": "host:1"},
+        tables={"t": spec},
+        partitions={"t": (Partition(table="t", index=0, start=0, stop=4, shards=("a",)),)},
+    )
+
+
+def journal(disk):
+    made = Journal("a", disk)
+    adoption = made.core.plan_adoption(placement())
+    if adoption is not None:
+        made.adopt(adoption, made.rows.allocate(placement(), adoption.added))
+        made.begin_run("r", 1, 2, ["t"])
+    return made
+
+
+def push(made, worker, ids):
+    ids = np.array(ids, np.int64)
+    values = np.ones((len(ids), 2), np.float32)
+    message = Push(
+        run="r",
+        attempt=1,
+        worker=worker,
+        step=1,
+        learning_rate=1.0,
+        hold=False,
+        epoch=1,
+        parts=[PartitionPush(key=("t", 0), seq=1, gradients=(ids, values))],
+    )
+    part = PushPart(table="t", partition=0, seq=1, row_ids=ids.tobytes(), gradients=values.tobytes())
+    made.carry_out(made.push(message, [part]).applies)
+
+
+def make_base(made):
+    base, live = made.capture()
+    begin_snapshots(live, ImageMemory(1 << 20))
+    made.wait_durable(base.record)
+    written = base.write(made.needed_disk(), live)
+    for _, part in live:
+        part.settle_snapshot()
+    made.rebased(written)
+
+
+def test_empty_push_held_by_a_base_adds_up_with_one_that_has_rows():
+    disk = SimulatedDisk()
+    made = journal(disk)
+    push(made, 0, [])
+    make_base(made)
+    push(made, 1, [2])
+    for _ in range(2):
+        made = Journal("a", disk)
+        assert made.rows.live(("t", 0)).rows.arrays()["rows"].view(np.float32).sum() == -2
+        assert made.core.reached("t") == 1
+
+
+def test_journal_knows_that_a_second_base_would_be_the_first():
+    disk = SimulatedDisk()
+    made = journal(disk)
+    assert not made.is_based
+    make_base(made)
+    assert made.is_based
+    assert Journal("a", disk).is_based
+    push(made, 0, [])
+    assert not made.is_based
+
+
+def test_table_is_not_replaced_while_a_step_is_being_applied():
+    """The step would be applied to the rows of the new table."""
+    service = ShardService(ShardConfig(name="a", directory="file:unused", memory_bytes=1 << 20))
+    service.adopt(placement(), check_only=False)
+    service.begin_run("r", 1, 1, ["t"])
+    core, carry_out = service.journal.core, service.journal.carry_out
+    decided, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        decided.set()
+        assert go_on.wait(10)
+        carry_out(*arguments)
+
+    service.journal.carry_out = slowly
+    part = pb.PartitionPush(table="t", partition=0, seq=1, row_ids=bytes(8), gradients=np.ones(2, "<f4").tobytes())
+    request = pb.PushRequest(run="r", attempt=1, worker=0, step=1, learning_rate=1.0, epoch=1, partitions=[part])
+    pusher = threading.Thread(target=service.push, args=(request,))
+    pusher.start()
+    assert decided.wait(10)
+    adopter = threading.Thread(target=service.adopt, args=(placement(2, seed=1),), kwargs={"check_only": False})
+    adopter.start()
+    adopter.join(0.2)
+    assert core.epoch == 1
+    go_on.set()
+    pusher.join()
+    adopter.join()
+    assert core.epoch == 2
+    assert core.reached("t") == 0
+    service.close()

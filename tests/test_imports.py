@@ -1,0 +1,53 @@
+"""What an import brings in: a shard runs, and a client works, where neither torch nor Ray is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['torch', 'ray', 'triton', 'tokenizers', 'safetensors']));"
+
+
+def run(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("module", ["engrid.client", "engrid.shard.server", "engrid.directory"])
+def test_imports_neither_torch_nor_ray(module):
+    done = run(f"import sys, {module}; print([name for name in ('torch', 'ray', 'triton') if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", ["engrid.cluster.cli", "engrid.cluster.actors"])
+def test_imports_nothing_of_ours_but_the_command_line(module):
+    done = run(
+        f"import sys, {module}; print(sorted(name for name in sys.modules if name.split('.')[0] in {{'torch', 'ray', 'grpc', 'engrid'}}))"
+    )
+    also = {"engrid.cluster.cli": ["engrid.cluster.bench", "engrid.cluster.checkpoints"]}.get(module, [])
+    assert done.stdout.strip() == str(["engrid", "engrid.cluster", *also, module]), done.stderr
+
+
+def test_engrid_shard_serves_where_torch_and_ray_are_missing(tmp_path: Path):
+    code = WITHOUT + "from engrid.cluster.cli import main; main()"
+    shard = subprocess.Popen(
+        [sys.executable, "-c", code, "shard", "--run-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        line = shard.stdout.readline()
+        assert "serves at 127.0.0.1:" in line
+        rows = run(
+            WITHOUT + "import numpy as np; from engrid.client import MemoryClient, create_tables;"
+            "from engrid.tables import TableSpec;"
+            "spec = TableSpec(name='t', rows=100, row_format='float32', width=4, seed=0, layer=0, init_std=1.0, optimizer=None);"
+            "client = MemoryClient('file:' + sys.argv[1]); create_tables(client, [spec]);"
+            "print(client.lookup('t', np.arange(3)).shape); client.close()",
+            str(tmp_path),
+        )
+        assert rows.stdout.strip() == "(3, 16)", rows.stderr
+    finally:
+        shard.terminate()
+        assert shard.wait(10) == 0
+        shard.stdout.close()
