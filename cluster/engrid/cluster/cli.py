@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import bench, checkpoints
+from . import bench, checkpoints, interrupts
 
 app = typer.Typer(
     name="engrid",
@@ -27,9 +25,6 @@ app.add_typer(checkpoints.app)
 console = Console()
 errors = Console(stderr=True)
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
-
 RunDir = Annotated[
     Path | None,
     typer.Option(help="Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),
@@ -38,16 +33,12 @@ RunDir = Annotated[
 
 def main() -> None:
     """Runs the CLI; SIGTERM ends it as Ctrl-C does, so that what it started is stopped."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.handle()
     try:
         app()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            # Ray's native library, interrupted while it connects, may crash when the process unwinds it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(INTERRUPTED)
-        raise
+    finally:
+        if interrupts.pressed():
+            interrupts.leave()
 
 
 @contextmanager
@@ -63,9 +54,11 @@ def told() -> Iterator[None]:
     except (EngridError, DirectoryError, ClusterError, ValueError, OSError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
+    except BaseException as error:
+        if not interrupts.pressed():
+            raise
         errors.print("stopped", style="yellow")
-        raise typer.Exit(INTERRUPTED) from error
+        raise typer.Exit(interrupts.INTERRUPTED) from error
 
 
 def where(run_dir: Path | None) -> Path:

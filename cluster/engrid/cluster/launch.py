@@ -28,6 +28,7 @@ from engrid.rpc.server import check_health
 
 from .capacity import memory_here, memory_joined
 from .config import COMPUTE_RESOURCE, MEMORY_RESOURCE, ClusterConfig, ClusterError, Record
+from .interrupts import uninterrupted
 from .ray_head import free_port, is_alive, new_temp, processes_with, start_head, stop_head, use_token, wait_for_head
 
 MIB = 1 << 20
@@ -217,20 +218,6 @@ def answers(address: str, *, timeout: float) -> bool:
             return check_health(channel, timeout=timeout)
         except grpc.RpcError:
             return False
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Further Ctrl-C's are passed over until the block ends, so that stopping is not itself cut off."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def down(run_dir: Path) -> list[str]:
