@@ -44,13 +44,22 @@ def start(stack: ExitStack, command: list[str], expect: str) -> tuple[subprocess
     return child, line
 
 
-def start_shards(stack: ExitStack, folder: str, count: int, *options: str) -> list[int]:
-    """Shards s0, s1, ... as processes of their own, in the file directory at `folder`; returns their pids."""
+def start_shards(stack: ExitStack, folder: str, count: int, *options: str, state: bool = False) -> list[int]:
+    """Shards s0, s1, ... as processes of their own, in the file directory at `folder`; returns their pids.
+
+    state: with a log, that of s0 in state_folder(folder, 0).
+    """
     pids = []
     for index in range(count):
         shard = [sys.executable, "-m", "engrid.shard", "--name", f"s{index}", "--directory", f"file:{folder}", *options]
+        if state:
+            shard += ["--state", str(state_folder(folder, index))]
         pids.append(start(stack, shard, "serves at")[0].pid)
     return pids
+
+
+def state_folder(folder: str, index: int) -> Path:
+    return Path(folder, "state", f"s{index}")
 
 
 def start_baseline(stack: ExitStack, name: str, *options: str) -> str:

@@ -122,7 +122,10 @@ def status(
 def shard(
     name: Annotated[
         str | None,
-        typer.Option(help="Unique name in the directory.", show_default="shard-PORT, or shard-PID for port 0"),
+        typer.Option(
+            help="Unique name in the directory.",
+            show_default="that of --state, else shard-PORT, or shard-PID for port 0",
+        ),
     ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 for any free one.")] = "127.0.0.1:0",
     advertise_host: Annotated[
@@ -143,12 +146,14 @@ def shard(
     """Run one shard in this process, without Ray."""
     from engrid.shard.__main__ import serve
     from engrid.shard.config import ShardConfig
+    from engrid.shard.state_folder import owner_of
 
     with told():
         port = listen.rpartition(":")[2]
+        kept = owner_of(state) if state is not None and name is None else ""
         serve(
             ShardConfig(
-                name=name or f"shard-{os.getpid() if port == '0' else port}",
+                name=name or kept or f"shard-{os.getpid() if port == '0' else port}",
                 listen=listen,
                 advertise_host=advertise_host,
                 directory=redis or f"file:{where(run_dir).resolve()}",

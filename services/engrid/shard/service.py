@@ -24,7 +24,6 @@ from engrid.rpc.errors import (
 )
 from engrid.rpc.frames import ids_from_bytes
 from engrid.rpc.wire import Request, new_reply
-from engrid.storage.disk import LocalDisk
 from engrid.v1 import memory_pb2 as pb
 
 from . import loading
@@ -36,6 +35,7 @@ from .messages import Apply, PartitionKey, PartitionPush, Push
 from .records import PushPart
 from .rows import AnyPartition, SealedPartition, refuse_empty
 from .sealed import SealedRows
+from .state_folder import StateFolder
 
 EXPORT_CHUNK_BYTES = 1 << 20
 MEMORY_SHARE = 0.8
@@ -61,7 +61,12 @@ class ShardService:
         self.config = config
         self.counters = Counters()
         self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * free_memory_bytes())
-        self.journal = Journal(config.name, LocalDisk(config.state) if config.state else None)
+        self._folder = StateFolder(config.state, config.name) if config.state else None
+        try:
+            self.journal = Journal(config.name, self._folder.disk if self._folder else None)
+        except BaseException:
+            self._close_folder()
+            raise
         self._rows, self._core = self.journal.rows, self.journal.core
         self._lock = threading.Lock()
         self._stepped = threading.Condition(self._lock)
@@ -271,6 +276,11 @@ class ShardService:
         self._bases.close()
         if self.journal.log is not None:
             self.journal.log.close()
+        self._close_folder()
+
+    def _close_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
 
     def describe(self) -> pb.DescribeReply:
         """The newest placement and where each partition stands."""
