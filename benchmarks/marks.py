@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.checkpoint_marks import checkpoints, training_while_saving
 from benchmarks.common import about
 from benchmarks.data_marks import Figures, bulk, demo_model, per_core, token
 from benchmarks.measure import Scale
 from benchmarks.report import Line, check_output, draw, show, write
 from benchmarks.text_marks import text
-from benchmarks.train_marks import checkpoints, durability, pushes, training
+from benchmarks.train_marks import durability, pushes, training
 from engrid.rpc.allocator import keep_buffers
 
 Part = Callable[[ExitStack, Scale, Figures], None]
@@ -65,7 +66,7 @@ TRAIN = {
 }
 GROUPS: dict[str, tuple[dict[str, Mark], tuple[Part, ...]]] = {
     "data": (DATA, (token, text, demo_model, per_core, bulk)),  # Ray and Mooncake last: their threads stay
-    "train": (TRAIN, (pushes, durability, checkpoints, training)),
+    "train": (TRAIN, (pushes, durability, checkpoints, training, training_while_saving)),
 }
 
 

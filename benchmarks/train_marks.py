@@ -14,19 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import checkpoint
-from benchmarks.common import start_shards
+from benchmarks.common import ROOT, start_shards, state_folder
 from benchmarks.data_marks import Figures
 from benchmarks.measure import Scale
 from engrid.client import MemoryClient, TrainingRun, create_tables
 from engrid.rpc.frames import Floats, Ids
 from engrid.shard.journal import Journal
-from engrid.shard.rows import PartitionRows
-from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.tables import OptimizerSpec, RowTable, TableSpec
 from engrid.worker.config import TrainConfig
@@ -84,10 +82,14 @@ class Pusher:
         """Rows pushed."""
         done, ends = 0, time.perf_counter() + seconds
         while time.perf_counter() < ends:
-            self.step += 1
-            gradients = self._pushes[self.step % len(self._pushes)]
-            done += self._run.push({self._name: gradients}, step=self.step, learning_rate=0.001)
+            done += self.push_step()
         return done
+
+    def push_step(self) -> int:
+        """Rows of the next step."""
+        self.step += 1
+        gradients = self._pushes[self.step % len(self._pushes)]
+        return self._run.push({self._name: gradients}, step=self.step, learning_rate=0.001)
 
 
 def rows_per_second(work: Callable[[float], int], seconds: float) -> float:
@@ -104,7 +106,7 @@ def pushes(stack: ExitStack, scale: Scale, figures: Figures) -> None:
     torch.set_num_threads(1)
     rows = table_rows(scale)
     logged, unlogged = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
-    start_shards(stack, logged, 1, "--state", f"{logged}/state")
+    start_shards(stack, logged, 1, state=True)
     start_shards(stack, unlogged, 1)
     pushers = {}
     for folder in (logged, unlogged):
@@ -155,7 +157,7 @@ def durability(stack: ExitStack, scale: Scale, figures: Figures) -> None:
     rows = table_rows(scale) // CONCURRENT
     pool = stack.enter_context(ThreadPoolExecutor(CONCURRENT))
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    start_shards(stack, folder, 1, "--state", f"{folder}/state", "--log-bytes", NO_BASES)
+    start_shards(stack, folder, 1, "--log-bytes", NO_BASES, state=True)
     names = {level: [f"{level}{at}" for at in range(CONCURRENT)] for level in ("memory", "durable")}
     with MemoryClient(f"file:{folder}") as client:
         create_tables(client, [adam_table(name, rows) for level in names.values() for name in level])
@@ -186,7 +188,7 @@ def replay(scale: Scale, figures: Figures) -> None:
     for at in range(scale.repeats):
         with ExitStack() as each:
             folder = each.enter_context(tempfile.TemporaryDirectory())
-            start_shards(each, folder, 1, "--state", f"{folder}/state", "--log-bytes", NO_BASES)
+            start_shards(each, folder, 1, "--log-bytes", NO_BASES, state=True)
             with MemoryClient(f"file:{folder}") as client:
                 create_tables(client, [adam_table("t", rows)])
             pusher = Pusher(each, folder, "t", rows, durable=False, seed=at)
@@ -195,7 +197,7 @@ def replay(scale: Scale, figures: Figures) -> None:
             pusher.push(scale.seconds * REPLAY_SECONDS)
             live = (pusher.step - before) * min(PUSH_ROWS, rows) / (time.perf_counter() - begun)
             begun = time.perf_counter()
-            journal = Journal("s0", LocalDisk(Path(folder, "state")))
+            journal = Journal("s0", LocalDisk(state_folder(folder, 0)))
             spent = time.perf_counter() - begun
             begun = time.perf_counter()
             RowTable(adam_table("t", rows))
@@ -209,20 +211,6 @@ def replay(scale: Scale, figures: Figures) -> None:
             figures.add("replay_without_initial_rows_vs_live", replayed / max(1e-9, spent - making) / live)
 
 
-def checkpoints(stack: ExitStack, scale: Scale, figures: Figures) -> None:
-    """The sweep beside pushes 50 ms apart, as a training's are, and loading; both at the level of one partition."""
-    root = stack.enter_context(tempfile.TemporaryDirectory())
-    spec = adam_table("t", table_rows(scale))
-    part = PartitionRows(0, spec.rows, RowTable(spec))
-    store = Checkpoints(LocalDisk(Path(root)))
-    cost = checkpoint.cost_of_a_sweep(part, store, Path(root), 0.05)
-    figures.add("checkpoint_step_slowdown", cost["step_ratio"])
-    figures.add("push_while_saved_vs_alone", cost["push_ratio"])
-    loaded = checkpoint.loading(part, store, Path(root))
-    figures.add("load_vs_disk", loaded["load_vs_disk"])
-    figures.add("load_mb_per_s", loaded["cold_load_MB_per_s"])
-
-
 def training(stack: ExitStack, scale: Scale, figures: Figures) -> None:
     """The demo model's first steps with rows in two shards and with rows in this process, in turn.
 
@@ -231,9 +219,7 @@ def training(stack: ExitStack, scale: Scale, figures: Figures) -> None:
     folder, out = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
     start_shards(stack, folder, 2)
     steps = 2 if scale.quick else TRAIN_STEPS
-    config = TrainConfig(run="marks", out=out, steps=steps, evaluations=0, save=False)
-    if scale.quick:
-        config = replace(config, batch=2, length=32)
+    config = demo_config(scale, run="marks", out=out, steps=steps)
 
     def rate(memory: str, number: int) -> float:
         place = Place(identity=f"{memory}{number}")
@@ -246,6 +232,16 @@ def training(stack: ExitStack, scale: Scale, figures: Figures) -> None:
         remote, local = rate("remote", number), rate("in_process", number)
         figures.add("train_vs_local", remote / local)
         figures.add("train_tokens_per_second", remote)
+
+
+def demo_config(scale: Scale, **options: Any) -> TrainConfig:
+    """The demo's training and nothing beside it; in a smoke run a small one on our own source."""
+    config = TrainConfig(evaluations=0, save=False, **options)
+    if not scale.quick:
+        return config
+    assert config.model.engram is not None
+    small = replace(config.model, engram=replace(config.model.engram, vocab_size=(500, 1500)))
+    return replace(config, batch=2, length=32, model=small, text=str(ROOT / "services"))
 
 
 def last_result(progress: Iterator) -> dict:
