@@ -5,7 +5,7 @@ and all:
 
     | zeros | rows of partition 0 | .. | rows of partition 1 | .. |
             ^                          ^
-            row 0 of the stretch       a multiple of the page and of the row: row id + shift of its partition
+            row 0 of the stretch       a multiple of a huge page and of the row: row id + shift of its partition
 
 A dead position is id -1: the row before row 0, which is zeros. How descriptors come here is drawn in
 services/engrid/shard/handover.py. A table is mapped whole or not at all; where one of its shards is elsewhere, or
@@ -18,7 +18,6 @@ import ctypes
 import fcntl
 import json
 import math
-import mmap
 import os
 import socket
 import threading
@@ -34,6 +33,7 @@ from engrid.directory import Partition
 from engrid.rpc.errors import EngridError, from_message, from_rpc
 from engrid.rpc.frames import Bytes, Ids, row_view
 from engrid.rpc.handover import MAX_LINE, read_line
+from engrid.rpc.mapping import HUGE_PAGE, map_file, reserve, unmap
 from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
@@ -43,14 +43,6 @@ from .connections import Connections
 HANDOVER_SECONDS = 1.0
 RETRY_SECONDS = 5.0
 """A table that could not be mapped is tried again after so long."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_FAILED = ctypes.c_void_p(-1).value
 
 
 class CannotMapError(Exception):
@@ -62,18 +54,18 @@ class SharedTable:
 
     def __init__(self, spec: TableSpec, partitions: Sequence[Partition], descriptors: Sequence[int]) -> None:
         """descriptors: of each partition's memfd; they are not kept. Raises CannotMapError for one that is not sealed,
-        or that is of another size."""
+        or that is of another size, OSError where it cannot be mapped."""
         self.spec = spec
         width = spec.row_bytes
-        step = math.lcm(mmap.PAGESIZE, width)
+        step = math.lcm(HUGE_PAGE, width)
         places = [step]
         for part in partitions:
             places.append(places[-1] + -(-len(part) * width // step) * step)
-        base = _map(None, places[-1], -1)
-        weakref.finalize(self, _libc.munmap, base, places[-1]).atexit = False
+        base = reserve(places[-1])
+        weakref.finalize(self, unmap, base, places[-1]).atexit = False
         for part, descriptor, place in zip(partitions, descriptors, places, strict=False):
             _check_sealed(descriptor, len(part) * width, part)
-            _map(base + place, len(part) * width, descriptor)
+            map_file(base + place, len(part) * width, descriptor)
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * places[-1]).from_address(base))
         self._rows = row_view(raw.reshape(-1, width))
         self._cuts = np.array([part.start for part in partitions[1:]], np.int64)
@@ -90,15 +82,6 @@ class SharedTable:
             if jump:
                 places += np.multiply(flat >= cut, jump, dtype=np.int64)
         np.take(self._rows, places, out=row_view(out.reshape(-1, self.spec.row_bytes)), mode="clip")
-
-
-def _map(address: int | None, size: int, descriptor: int) -> int:
-    """Maps a descriptor for reading over what is at `address`; -1: reserves addresses that read as zeros."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE if descriptor < 0 else mmap.MAP_SHARED | _MAP_FIXED
-    found = _libc.mmap(address, size, mmap.PROT_READ, flags, descriptor, 0)
-    if found is None or found == _FAILED:
-        raise CannotMapError(f"mapping {size} bytes failed: {os.strerror(ctypes.get_errno())}")
-    return int(found)
 
 
 def _check_sealed(descriptor: int, size: int, part: Partition) -> None:

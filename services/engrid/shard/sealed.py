@@ -10,6 +10,9 @@ Once all have come, that mapping is given up, the file is sealed, and mapped aga
 So the descriptor can be handed to any process of this host that may read (handover.py), which then gathers rows
 without asking us, and goes on doing so when we are gone.
 
+Once sealed the rows are served, and meanwhile copied into huge pages, a partition at a time (mapping.py): the second or
+so per GiB that it takes is not waited for.
+
 Rejected: a file in /dev/shm (64 MiB in most containers, stays behind after a crash, can be truncated under its
 readers); F_SEAL_WRITE (older kernels then refuse shared mappings even for reading).
 """
@@ -25,6 +28,7 @@ import numpy as np
 
 from engrid.rpc.errors import BadRequestError, RowWidthMismatchError
 from engrid.rpc.frames import Bytes, Ids, row_view
+from engrid.rpc.mapping import collapse, mapped
 from engrid.tables import TableSpec
 
 F_SEAL_FUTURE_WRITE = 0x10
@@ -46,11 +50,13 @@ class SealedRows:
         self._rows: Bytes = np.empty((0, spec.row_bytes), np.uint8)
         self.lock = threading.Lock()
         """Held by whoever loads."""
+        self._gone = threading.Event()
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __del__(self) -> None:
+        self._gone.set()
         os.close(self.descriptor)
 
     @property
@@ -77,9 +83,10 @@ class SealedRows:
             return
         self._loading.close()
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
-        readable = mmap.mmap(self.descriptor, self.nbytes, prot=mmap.PROT_READ)
-        self._rows = np.frombuffer(readable, np.uint8).reshape(len(self), self.spec.row_bytes)
+        memory = mapped(self.descriptor, self.nbytes)
+        self._rows = memory.reshape(len(self), self.spec.row_bytes)
         self._loading = None
+        threading.Thread(target=_make_huge, args=(memory, self._gone), name="engrid huge pages", daemon=True).start()
 
     def gather(self, local_ids: Ids, out: Bytes) -> None:
         """Copies rows local_ids int64 [n], checked to be in range, into `out` [n, row_bytes], C-contiguous."""
@@ -91,3 +98,13 @@ class SealedRows:
 
     def _name(self) -> str:
         return f"rows {self.start}..{self.stop - 1} of table {self.spec.name}"
+
+
+_making_huge = threading.Lock()
+
+
+def _make_huge(memory: Bytes, gone: threading.Event) -> None:
+    done = 0
+    with _making_huge:
+        while done < memory.nbytes and not gone.is_set():
+            done = collapse(memory, done)
