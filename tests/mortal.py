@@ -63,8 +63,8 @@ class MortalShard:
 class Pushers:
     """Workers that push whole-numbered gradients step by step, all at once; `sum` is what was acknowledged."""
 
-    def __init__(self, folder, workers=2, *, durable, seed, rows=40, push_timeout=60.0, tries=1):
-        """tries: how often the same push is tried where it fails for want of an answer."""
+    def __init__(self, folder, workers=2, *, durable, seed, rows=40, push_timeout=60.0, tries=1, attempt=1):
+        """Begins at the step where the shards stand, with no sum. tries: how often the same push is tried where it fails for want of an answer."""
         self._stack = ExitStack()
         config = ClientConfig(push_timeout=push_timeout)
         self._pool = self._stack.enter_context(ThreadPoolExecutor(workers))
@@ -80,11 +80,11 @@ class Pushers:
             self.runs.append(
                 self._trying(
                     lambda client=client, rank=rank: TrainingRun(
-                        client, run="r", attempt=1, worker=rank, workers=workers, tables=["t"], durable=durable
+                        client, run="r", attempt=attempt, worker=rank, workers=workers, tables=["t"], durable=durable
                     )
                 )
             )
-        self.step = 0
+        self.step = self.runs[0].step
 
     def push(self):
         """One step; returns when every worker's push was acknowledged. A row comes twice now and then."""

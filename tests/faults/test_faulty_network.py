@@ -1,6 +1,7 @@
 """Pushes over a network that loses, repeats and reorders one call in ten: every step counts once."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import tests.faulty_network as network
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client.checkpoints import CheckpointSave, restore_tables
+from engrid.rpc.errors import FencedError, UnavailableError
 from tests.mortal import SPEC, MortalShard, Pushers, push_while
 
 PROXY_HOST = "127.0.0.2"
@@ -91,4 +94,77 @@ def test_a_push_tried_again_after_its_shard_was_killed_counts_once(troubled, kil
             shard.start()
 
         push_while(pushers, kill)
+        pushers.check()
+
+
+def test_a_push_tried_again_after_a_resume_is_fenced_and_the_new_attempts_counts_once(tmp_path):
+    """Both have a push that one shard took and the other, being dead, did not."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(MortalShard(tmp_path, name)) for name in ("s0", "s1")]
+        client = stack.enter_context(MemoryClient(f"file:{tmp_path}"))
+        create_tables(client, [SPEC], partitions_per_shard=2)
+        begin = {"workers": 1, "durable": True, "seed": 1, "push_timeout": 0.5}
+        old = stack.enter_context(Pushers(tmp_path, **begin))
+        for _ in range(3):
+            old.push()
+        saved = CheckpointSave(client, tmp_path / "saved", run="r", attempt=1, step=3, tables=["t"]).finish({}, {})
+        sum_saved = old.sum.copy()
+        old.push()
+        fail_while_dead(old, shards[1])
+
+        restore_tables(client, tmp_path / "saved", saved, attempt=2)
+        with pytest.raises(FencedError, match="attempt 1 of run r is fenced"):
+            old.push_again()
+        new = stack.enter_context(Pushers(tmp_path, **begin | {"seed": 2, "attempt": 2}))
+        assert new.step == 3
+        new.sum = sum_saved
+        new.check()
+        fail_while_dead(new, shards[0])
+        with pytest.raises(FencedError):
+            old.push_again()
+        new.push_again()
+        assert new.step == 4
+        new.check()
+        new.push()
+        new.check()
+
+
+def fail_while_dead(pushers, shard):
+    shard.kill()
+    with pytest.raises(UnavailableError):
+        pushers.push()
+    shard.start()
+
+
+def test_a_held_push_that_its_host_lost_is_pushed_again_before_it_is_committed(tmp_path, monkeypatch):
+    """Between push and commit: at `memory` level a host that loses power loses the end of the log, the push in it."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(MortalShard(tmp_path, name)) for name in ("s0", "s1")]
+        with MemoryClient(f"file:{tmp_path}") as client:
+            create_tables(client, [SPEC], partitions_per_shard=2)
+        pushers = stack.enter_context(Pushers(tmp_path, workers=1, durable=False, seed=3))
+        for _ in range(3):
+            pushers.push()
+        log = shards[1].state / "log"
+        sizes = {path: path.stat().st_size for path in log.iterdir()}
+        real, losses = TrainingRun._commit, []
+
+        def commit(run, step, requests):
+            if not losses:
+                shards[1].kill()
+                for path, size in sizes.items():
+                    losses.append(path.stat().st_size - size)
+                    os.truncate(path, size)
+                shards[1].start()
+            real(run, step, requests)
+
+        monkeypatch.setattr(TrainingRun, "_commit", commit)
+        pushers.push()
+        assert sum(losses) > 0, "the push was in the log"
+        pushers.check()
+        pushers.push()
+        pushers.check()
+        for shard in shards:
+            shard.kill()
+            shard.start()
         pushers.check()

@@ -95,6 +95,21 @@ def finish(config, place=None, folder=None):
     return list(train(config, place, lambda: MemoryClient(f"file:{folder}"), "cpu"))[-1].result
 
 
+def everything(out):
+    """Rows, their state, dense weights and their optimizer after the last step of a run with Adam."""
+    saved = open_checkpoint(out / "checkpoint")
+    found = {name: saved.read_file(name) for name in ("model.safetensors", "optimizer.safetensors")}
+    for spec in saved.tables.values():
+        arrays = {
+            "rows": np.empty((spec.rows, spec.row_bytes), np.uint8),
+            "exp_avg": np.empty((spec.rows, spec.width), np.float32),
+            "exp_avg_sq": np.empty((spec.rows, spec.width), np.float32),
+        }
+        saved.checkpoints.restore_arrays(list(saved.chain), spec.name, 0, spec.rows, arrays)
+        found |= {f"{spec.name}.{name}": array.tobytes() for name, array in arrays.items()}
+    return found | {"step": saved.step}
+
+
 def hasher_of(config, canonical):
     return NgramHasher(config.engram, canonical.size, int(canonical.of[config.engram.pad_token_id]))
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import numpy as np
@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 from engrid.client import MemoryClient
 from engrid.v1 import compute_pb2 as pb
+from engrid.worker.checkpoint import open_checkpoint
 from engrid.worker.trainer import Batches
 from tests.shards import local_shards
 from tests.worker.conftest import (
     corpus_of,
+    everything,
     finish,
     local_worker,
     make_out,
@@ -108,6 +110,43 @@ def rows_of(client, table, row_format):
     if row_format == "float32":
         return raw.view(np.float32)
     return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.faults
+def test_two_ranks_killed_and_resumed_are_the_two_that_nobody_killed(tmp_path):
+    """kill -9 of both while they train and save; bit for bit, as the sum over two ranks has one order."""
+    saves = {"run": "two", "steps": 14, "batch": 2, "checkpoint_every": 3, "full_every": 2}
+    whole = tiny_config(make_out(tmp_path / "whole"), **saves)
+    broken = tiny_config(make_out(tmp_path / "broken"), **saves)
+    folder = tmp_path / "run"
+    with local_shards(folder, 2):
+        with pair_of_processes(folder, "a") as (_, stubs):
+            losses = results(start(stubs, whole, "whole-1"))[0]["losses"]
+        with pair_of_processes(folder, "b") as (processes, stubs):
+            calls = start(stubs, broken, "broken-1")
+            assert any(message.step >= 8 for message in calls[0])
+            for process in processes:
+                process.kill()
+            for call in calls:
+                with pytest.raises(grpc.RpcError):
+                    list(call)
+        begun = open_checkpoint(tmp_path / "broken" / "checkpoint").step
+        assert begun >= 3
+        with pair_of_processes(folder, "c") as (_, stubs):
+            ranks = results(start(stubs, dataclasses.replace(broken, resume=True), "ignored"))
+    assert [rank["losses"] for rank in ranks] == [losses[begun:]] * 2
+    assert everything(tmp_path / "broken") == everything(tmp_path / "whole")
+    saved = open_checkpoint(tmp_path / "broken" / "checkpoint").manifest
+    assert (saved.run, saved.attempt, saved.step) == ("broken-1", 2, 14)
+
+
+@contextmanager
+def pair_of_processes(folder, name):
+    """Two workers, each in a process: (processes, stubs)."""
+    with ExitStack() as stack:
+        made = [stack.enter_context(worker_process(folder, f"{name}{rank}")) for rank in range(2)]
+        stubs = [stack.enter_context(worker_stub(address())) for _, address in made]
+        yield [process for process, _ in made], stubs
 
 
 def test_rank_whose_peer_is_cancelled_fails_and_both_take_the_next_run(pair, tmp_path):

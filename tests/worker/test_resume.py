@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 
 import grpc
-import numpy as np
 import pytest
 
 from engrid.client import ClientConfig, MemoryClient
@@ -19,29 +18,13 @@ from engrid.storage.errors import CheckpointDamagedError, CheckpointMissingError
 from engrid.worker.checkpoint import open_checkpoint
 from engrid.worker.run import Place, train
 from tests.shards import local_shards, shard_process
-from tests.worker.conftest import finish, make_out, tiny_config, train_request, worker_process, worker_stub
+from tests.worker.conftest import everything, finish, make_out, tiny_config, train_request, worker_process, worker_stub
 
 STEPS = 16
 
 
 def config_of(out, **changes):
     return tiny_config(out, **{"steps": STEPS, "checkpoint_every": 3, "full_every": 2, "keep": 0, **changes})
-
-
-def everything(out):
-    """Rows, their state, dense weights and their optimizer after the last step."""
-    saved = open_checkpoint(out / "checkpoint")
-    assert saved.step == STEPS
-    found = {name: saved.read_file(name) for name in ("model.safetensors", "optimizer.safetensors")}
-    for spec in saved.tables.values():
-        arrays = {
-            "rows": np.empty((spec.rows, spec.row_bytes), np.uint8),
-            "exp_avg": np.empty((spec.rows, spec.width), np.float32),
-            "exp_avg_sq": np.empty((spec.rows, spec.width), np.float32),
-        }
-        saved.checkpoints.restore_arrays(list(saved.chain), spec.name, 0, spec.rows, arrays)
-        found |= {f"{spec.name}.{name}": array.tobytes() for name, array in arrays.items()}
-    return found
 
 
 @pytest.fixture(scope="module")
