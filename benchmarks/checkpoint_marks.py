@@ -23,8 +23,8 @@ from benchmarks.train_marks import Pusher, adam_table, demo_config, table_rows
 from engrid.client import MemoryClient, create_tables
 from engrid.client.checkpoints import CheckpointSave, restore_tables
 from engrid.storage.manifest import Manifest
-from engrid.worker.checkpoint import FOLDER
 from engrid.worker.run import Place, train
+from engrid.worker.saved_model import FOLDER
 
 TABLE = "t"
 PAUSE_S = 0.05

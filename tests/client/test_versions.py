@@ -105,7 +105,7 @@ def test_versions_switched_every_50_ms_under_readers(store, config):
         reader.start()
     try:
         dropped = []
-        for number in range(2, 22):
+        for number in range(2, 14):
             with load_version(store, number):
                 publish_version(store, "r", version_of(number))
             dropped += prune_versions(store, "r")
@@ -116,10 +116,10 @@ def test_versions_switched_every_50_ms_under_readers(store, config):
             reader.join()
     assert errors == []
     assert len(set(seen)) > 5
-    assert max(seen) >= 20
-    assert len(dropped) > 10, "old ones went"
+    assert max(seen) >= 12
+    assert len(dropped) > 6, "old ones went"
     prune_versions(store, "r")
-    assert {name.partition("@")[2] for name in store.placement.tables} == {"v20", "v21"}
+    assert {name.partition("@")[2] for name in store.placement.tables} == {"v12", "v13"}
 
 
 def test_pinned_version_stays_until_it_is_let_go(store, tmp_path):

@@ -26,10 +26,11 @@ from engrid.tables import RowTable
 from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 from engrid.v1 import memory_pb2 as memory_pb
-from engrid.worker.checkpoint import load_model, open_checkpoint
 from engrid.worker.config import TrainConfig, WorkerConfig
 from engrid.worker.corpus import prepare
+from engrid.worker.dense import load_model
 from engrid.worker.run import Place, train
+from engrid.worker.saved_model import open_checkpoint
 from engrid.worker.server import WorkerServer
 from tests.model.conftest import small_config, small_spec
 from tests.shards import local_shards

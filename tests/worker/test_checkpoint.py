@@ -10,8 +10,9 @@ import pytest
 from engrid.client import ClientConfig, MemoryClient, create_tables, load_partition
 from engrid.rpc.errors import BadRequestError
 from engrid.tables import RowTable
-from engrid.worker.checkpoint import open_checkpoint, serve_tables
 from engrid.worker.run import Place
+from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.sealed_tables import serve_tables
 from engrid.worker.tables import sealed_spec
 from tests.shards import local_shards
 from tests.worker.conftest import finish, make_out, table_bytes, tiny_config

@@ -7,7 +7,9 @@ import pytest
 
 from engrid.storage import manifest as storage_manifest
 from engrid.storage.errors import CheckpointError
-from engrid.worker.checkpoint import load_model, open_checkpoint, serve_tables
+from engrid.worker.dense import load_model
+from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.sealed_tables import serve_tables
 from tests.worker.conftest import copy_of
 
 NAME = "step-00000090"

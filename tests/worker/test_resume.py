@@ -15,8 +15,8 @@ from engrid.rpc.errors import EngridError, FencedError
 from engrid.shard.snapshot import PartitionSnapshot
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError, CheckpointMissingError
-from engrid.worker.checkpoint import open_checkpoint
 from engrid.worker.run import Place, train
+from engrid.worker.saved_model import open_checkpoint
 from tests.shards import local_shards, shard_process
 from tests.worker.conftest import everything, finish, make_out, tiny_config, train_request, worker_process, worker_stub
 

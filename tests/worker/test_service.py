@@ -7,7 +7,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from engrid.rpc.server import check_health
 from engrid.v1 import compute_pb2 as pb
-from engrid.worker.checkpoint import open_checkpoint
+from engrid.worker.saved_model import open_checkpoint
 from tests.worker.conftest import (
     ask,
     copy_of,

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from engrid.v1 import compute_pb2 as pb
-from engrid.worker.checkpoint import FOLDER
 from engrid.worker.config import Memory, TrainConfig, demo_model
 from engrid.worker.corpus import standard_library
+from engrid.worker.saved_model import FOLDER
 
 from .config import ClusterConfig, Record
 from .demo_report import draw_curves, result_table, trace_table
@@ -97,7 +97,7 @@ def _paired_ratio(record: Record, training: TrainConfig) -> float:
     alone = replace(record, workers={name: address})
     steps = min(PAIRED_STEPS, training.steps)
     ratios = []
-    for _ in range(PAIRS):
+    for _ in range(PAIRS if steps == PAIRED_STEPS else 1):
         rates = {}
         for memory in ("remote", "in_process"):
             short = replace(_variant(training, memory), run="demo-paired", steps=steps, evaluations=0)

@@ -18,8 +18,8 @@ from engrid.rpc.channel import command_channel
 from engrid.rpc.errors import from_rpc
 from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
-from engrid.worker.checkpoint import FOLDER, open_checkpoint
 from engrid.worker.config import TrainConfig, demo_model
+from engrid.worker.saved_model import FOLDER, open_checkpoint
 
 from .config import ClusterError, Record
 from .ray_head import free_port

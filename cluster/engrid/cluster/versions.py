@@ -12,7 +12,8 @@ from rich.table import Table
 from engrid.client import MemoryClient, prune_versions, publish_version, rollback_version
 from engrid.client.pins import tables_held
 from engrid.directory import Version
-from engrid.worker.checkpoint import open_checkpoint, serve_tables
+from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.sealed_tables import serve_tables
 
 from .status import members
 

@@ -21,8 +21,10 @@ from engrid.model.hashing import NgramHasher
 from engrid.model.rows import Lookup, PendingRows, RowSource
 from engrid.model.speculative import Drafts
 
-from .checkpoint import load_model, open_checkpoint, serve_tables
+from .dense import load_model
 from .remote_rows import RemoteRows
+from .saved_model import open_checkpoint
+from .sealed_tables import serve_tables
 
 
 @dataclass

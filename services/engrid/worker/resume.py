@@ -14,8 +14,8 @@ from engrid.client.checkpoints import newest_attempt
 from engrid.storage.checkpoint import MANIFEST, Checkpoints
 from engrid.storage.disk import LocalDisk
 
-from .checkpoint import FOLDER, SavedModel, open_checkpoint
 from .config import TrainConfig
+from .saved_model import FOLDER, SavedModel, open_checkpoint
 
 FREE = ("out", "text", "steps", "evaluations", "save", "checkpoint_every", "full_every", "keep", "resume", "durable")
 """What may differ from the run that is gone on with: the rest decides what the steps compute."""

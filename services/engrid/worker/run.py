@@ -23,12 +23,13 @@ from engrid.model.transformer import Transformer
 from engrid.rpc.errors import EngridError
 from engrid.tables import RowTable, TableSpec
 
-from .checkpoint import FOLDER, load_dense
 from .collisions import count_collisions, windows
 from .config import TrainConfig
 from .corpus import Corpus, prepare
+from .dense import load_dense
 from .remote_rows import RemoteRows
 from .resume import Start, about, resume, start_anew
+from .saved_model import FOLDER
 from .saving import Saver
 from .tables import table_name, table_specs
 from .trainer import Batches, Step, TrainableRows, Trainer, summary, validation_loss
@@ -36,7 +37,7 @@ from .trainer import Batches, Step, TrainableRows, Trainer, summary, validation_
 CURVE_TOKENS = 8192
 """Validation tokens of a point on the curve."""
 LAST_TOKENS = 98_304
-"""Validation tokens of its last point, which is the loss reported."""
+"""Validation tokens of its last point, which is the loss reported; no more than were trained on."""
 RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
 
 
@@ -239,7 +240,8 @@ def _steps(config: TrainConfig, place: Place, corpus: Corpus, setup: _Setup) -> 
     traffic = setup.traffic_per_token()
     if place.rank == 0 and config.evaluations:
         yield Progress(phase="reading the validation files")
-        loss = validation_loss(model, setup.memory, corpus, length=config.length, limit=LAST_TOKENS)
+        limit = min(LAST_TOKENS, config.steps * config.batch * config.length)
+        loss = validation_loss(model, setup.memory, corpus, length=config.length, limit=limit)
         result |= {"validation_loss": loss, "curve": [*curve, (config.steps, loss)]}
         result |= _facts(corpus, setup) | traffic
     if config.save and setup.saver is not None:

@@ -21,7 +21,8 @@ from engrid.storage.manifest import Manifest, WorkerFile, checkpoint_name
 from engrid.storage.partition import PartitionWriter, SavedPartition
 from engrid.tables import RowTable
 
-from .checkpoint import TOKENIZER, Dense
+from .dense import Dense
+from .saved_model import TOKENIZER
 
 CHUNK_ROWS = 8192
 

@@ -17,10 +17,10 @@ from engrid.storage.errors import CheckpointError, CheckpointMissingError
 from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 
-from .checkpoint import open_checkpoint
 from .config import TrainConfig, WorkerConfig
 from .engine import Engine, Generation
 from .run import Place, Progress, train
+from .saved_model import open_checkpoint
 
 
 class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):

@@ -1,0 +1,73 @@
+"""Dense weights and their optimizer, copied between two steps, written to a checkpoint's files and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+
+from engrid.model.transformer import Transformer
+from engrid.storage.errors import CheckpointError
+
+from .corpus import tokenizer_of
+from .saved_model import OPTIMIZER, TOKENIZER, WEIGHTS, SavedModel
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A copy of all that is trained here, as it was after a step."""
+
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def copy(cls, model: Transformer, optimizer: torch.optim.Optimizer) -> Dense:
+        """Made between two steps; training may go on when this returns."""
+        state = optimizer.state_dict()["state"]
+        return cls(
+            {name: _copy(value) for name, value in model.state_dict().items()},
+            {f"{index}.{name}": _copy(value) for index, of in state.items() for name, value in of.items()},
+        )
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            WEIGHTS: safetensors.torch.save(dict(self.weights)),
+            OPTIMIZER: safetensors.torch.save(dict(self.optimizer)),
+        }
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().cpu().contiguous().clone()
+
+
+def load_dense(saved: SavedModel, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Puts weights and optimizer where they were, bit for bit. Raises CheckpointError."""
+    _load_weights(saved, model)
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in safetensors.torch.load(saved.read_file(OPTIMIZER)).items():
+        index, _, key = name.partition(".")
+        found.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_model(saved: SavedModel, device: str) -> tuple[Transformer, Tokenizer]:
+    """Dense weights and tokenizer, checked against the manifest."""
+    model = Transformer(saved.model)
+    _load_weights(saved, model)
+    return model.to(torch.device(device)).eval(), tokenizer_of(saved.read_file(TOKENIZER).decode())
+
+
+def _load_weights(saved: SavedModel, model: Transformer) -> None:
+    weights = safetensors.torch.load(saved.read_file(WEIGHTS))
+    expected = model.state_dict()
+    wrong = sorted(weights.keys() ^ expected.keys()) or [
+        f"{name} {list(value.shape)}, not {list(expected[name].shape)}"
+        for name, value in weights.items()
+        if value.shape != expected[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{saved.manifest.name}/{WEIGHTS} does not match its manifest's model: {wrong}")
+    model.load_state_dict(weights)
