@@ -15,8 +15,11 @@ def run(code, *arguments):
     )
 
 
-@pytest.mark.parametrize("module", ["engrid.client", "engrid.shard.server", "engrid.directory"])
+@pytest.mark.parametrize(
+    "module", ["engrid.client", "engrid.shard.server", "engrid.directory", "engrid.cluster.train", "engrid.cluster.ids"]
+)
 def test_imports_neither_torch_nor_ray(module):
+    """The commands among them answer bad input without waiting seconds for it."""
     done = run(f"import sys, {module}; print([name for name in ('torch', 'ray', 'triton') if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 

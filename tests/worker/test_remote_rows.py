@@ -10,7 +10,8 @@ from engrid.client import ClientConfig, MemoryClient, create_tables
 from engrid.model.canonical import DEAD
 from engrid.model.generate import Decoder, Memory
 from engrid.model.hashing import NgramHasher
-from engrid.model.rows import InProcessTables, Lookup
+from engrid.model.lookup import Lookup
+from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.tables import RowTable

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from .canonical import DEAD, CanonicalVocabulary
 from .config import EngramSpec
-from .rows import Lookup
+from .lookup import Lookup
 
 Ids = npt.NDArray[np.int64]
 

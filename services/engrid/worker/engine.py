@@ -18,7 +18,8 @@ from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.config import EngramSpec
 from engrid.model.generate import PREFILL_CHUNK, Memory, generate
 from engrid.model.hashing import NgramHasher
-from engrid.model.rows import Lookup, PendingRows, RowSource
+from engrid.model.lookup import Lookup
+from engrid.model.rows import PendingRows, RowSource
 from engrid.model.speculative import Drafts
 
 from .dense import load_model

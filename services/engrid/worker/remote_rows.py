@@ -8,7 +8,7 @@ import torch
 
 from engrid.client import MemoryClient, Pending, RowLookup, Traffic, TrainingRun
 from engrid.model.config import EngramSpec
-from engrid.model.rows import Lookup
+from engrid.model.lookup import Lookup
 from engrid.rpc.frames import Floats, Ids
 
 from .device_rows import DeviceRows, to_device

@@ -240,7 +240,7 @@ def _steps(config: TrainConfig, place: Place, corpus: Corpus, setup: _Setup) -> 
     traffic = setup.traffic_per_token()
     if place.rank == 0 and config.evaluations:
         yield Progress(phase="reading the validation files")
-        limit = min(LAST_TOKENS, config.steps * config.batch * config.length)
+        limit = min(LAST_TOKENS, config.steps * config.batch * config.length * place.workers)
         loss = validation_loss(model, setup.memory, corpus, length=config.length, limit=limit)
         result |= {"validation_loss": loss, "curve": [*curve, (config.steps, loss)]}
         result |= _facts(corpus, setup) | traffic

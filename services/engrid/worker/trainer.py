@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engrid.model.generate import Memory
-from engrid.model.rows import Floats, Ids, PendingRows, RowSource
+from engrid.model.lookup import Ids
+from engrid.model.rows import Floats, PendingRows, RowSource
 from engrid.model.transformer import Transformer
 
 from .config import TrainConfig
