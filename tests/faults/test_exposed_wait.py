@@ -18,7 +18,7 @@ from tests.shards import shard_process
 
 BOUND = 0.02
 """Of a step's time, median over steps. Six good runs on 2 cores, busy with other work: 0.005 to 0.008; two of the commit
-with the fault (abe4e79): 0.031 and 0.074."""
+with the fault: 0.031 and 0.074."""
 
 
 @pytest.fixture

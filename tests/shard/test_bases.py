@@ -59,7 +59,7 @@ def push(made, worker, ids):
         parts=[PartitionPush(key=("t", 0), seq=1, gradients=(ids, values))],
     )
     part = PushPart(table="t", partition=0, seq=1, row_ids=ids.tobytes(), gradients=values.tobytes())
-    made.carry_out(made.push(message, [part]).applies)
+    made.carry_out(made.push(message, made.logged(message, [part])).applies)
 
 
 def make_base(made):

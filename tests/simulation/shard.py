@@ -105,7 +105,7 @@ class SimulatedShard:
 
     def _push(self, push_and_parts: tuple[Push, Any]) -> tuple[Any, Taken]:
         push, parts = push_and_parts
-        taken = self.journal.push(push, parts)
+        taken = self.journal.push(push, self.journal.logged(push, parts))
         return taken.new, taken
 
     def _begin_run(self, body: tuple[str, int, int]) -> tuple[Any, Taken]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from engrid.directory import Placement
 from engrid.rpc.errors import BadRequestError, EngridError
-from engrid.storage.disk import Disk
+from engrid.storage.disk import Disk, Piece
 
 from .base import Base, read_newest_base
 from .core import ShardCore
@@ -49,7 +49,7 @@ from .records import (
     encode,
 )
 from .rows import AnyPartition, PartitionRows, ShardRows
-from .segments import CorruptLogError
+from .segments import CorruptLogError, checksum
 
 LOG_FOLDER = "log"
 
@@ -63,6 +63,15 @@ class Taken:
     applies: Sequence[Apply]
     record: int
     """Durable once this record of the log is; 0 without a log."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A record of the log."""
+
+    pieces: Sequence[Piece]
+    crc: int
+    """Their checksum."""
 
 
 class Journal:
@@ -88,23 +97,32 @@ class Journal:
 
     # -- messages
 
-    def push(self, push: Push, parts: Sequence[PushPart]) -> Taken:
-        """parts: the same gradients as they came, for the log. Raises what ShardCore.push raises, and DiskFullError."""
+    def logged(self, push: Push, parts: Sequence[PushPart]) -> Logged | None:
+        """A push as the log will take it; None without a log. parts: the same gradients as they came. Any thread, and not
+        under the shell's lock: every byte is read for the checksum."""
+        if self.log is None:
+            return None
+        pieces = encode(
+            PushRecord(
+                run=push.run,
+                attempt=push.attempt,
+                worker=push.worker,
+                step=push.step,
+                learning_rate=push.learning_rate,
+                hold=push.hold,
+                epoch=push.epoch,
+                parts=parts,
+            )
+        )
+        return Logged(pieces, checksum(pieces))
+
+    def push(self, push: Push, logged: Logged | None) -> Taken:
+        """logged: what `logged` made of it. Raises what ShardCore.push raises, and DiskFullError."""
         new = self.core.check_push(push)
         record = 0
-        if any(new):
-            record = self._append(
-                PushRecord(
-                    run=push.run,
-                    attempt=push.attempt,
-                    worker=push.worker,
-                    step=push.step,
-                    learning_rate=push.learning_rate,
-                    hold=push.hold,
-                    epoch=push.epoch,
-                    parts=parts,
-                )
-            )
+        if any(new) and self.log is not None:
+            assert logged is not None
+            record = self.log.append(logged.pieces, logged.crc)
         new, applies = self.core.push(push)
         return Taken(new, applies, record or self._last())
 

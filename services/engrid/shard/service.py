@@ -154,14 +154,14 @@ class ShardService:
     def push(self, request: pb.PushRequest) -> list[bool]:
         """Checks every part, then takes all or none. Per part, whether it was new."""
         self._check_durable(durable=request.durable)
-        parts, logged = [], []
+        parts, came = [], []
         for part in request.partitions:
             key = (part.table, part.partition)
             raw_ids, raw_gradients = part.row_ids, part.gradients  # protobuf copies them each time it is asked
             ids = ids_from_bytes(raw_ids, f"row ids of {part.table}[{part.partition}]")
             gradients = self._rows.check_gradients(key, ids, raw_gradients)
             parts.append(PartitionPush(key=key, seq=part.seq, gradients=gradients))
-            logged.append(
+            came.append(
                 PushPart(
                     table=part.table,
                     partition=part.partition,
@@ -180,6 +180,7 @@ class ShardService:
             epoch=request.epoch,
             parts=parts,
         )
+        logged = self.journal.logged(push, came)
         with self._not_pausing():
             taken = self.journal.push(push, logged)
         self._finish(taken, request.run, durable=request.durable)
