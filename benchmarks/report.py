@@ -99,6 +99,7 @@ def draw(path: Path, title: str, lines: Sequence[Line], machine: dict[str, str])
         height_ratios=counts,
     )
     colors = {name: f"C{at % 10}" for at, name in enumerate(dict.fromkeys(map(family, measured)))}
+    colors |= {"met": "C0", "MISSED": "C1"}
     for axis, unit in zip(axes[:, 0], units, strict=True):
         of_unit = [line for line in measured if line.unit == unit]
         middles = [statistics.median(line.values) for line in of_unit]
