@@ -1,6 +1,6 @@
 """The measurements behind the marks of checkpoints: what a save costs the steps beside it, and loading against reading.
 
-All through two shards: begun between two steps, written while pushes go on, restored into the live tables of the same shards.
+All through two shards: begun between two steps, written while pushes go on, restored into live tables with a log and without.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def checkpoints(stack: ExitStack, scale: Scale, figures: Figures) -> None:
         figures.add("checkpoint_push_slowdown", beside_a_save(pusher, client, Path(root), PAUSE_S))
         figures.add("checkpoint_push_slowdown_back_to_back", beside_a_save(pusher, client, Path(root), 0.0))
     manifest = save_at(pusher, client, Path(root)).finish({}, {})
-    saved = rows_of(client, scale)
+    saved = some_rows(client, scale)
     pusher.push_step()
-    assert rows_of(client, scale) != saved
+    assert some_rows(client, scale) != saved
     loading(client, Path(root), manifest, saved, scale, figures, "load_with_log")
     without = stack.enter_context(tempfile.TemporaryDirectory())
     start_shards(stack, without, 2)
@@ -97,7 +97,7 @@ def loading(
         begun = time.perf_counter()
         restore_tables(client, root, manifest, attempt=attempt)
         loaded = time.perf_counter() - begun
-        assert rows_of(client, scale) == saved, "the rows restored are not the rows saved"
+        assert some_rows(client, scale) == saved, "the rows restored are not the rows saved"
         figures.add(f"{name}_vs_disk", read / loaded)
         figures.add(f"{name}_mb_per_s", count / loaded / 1e6)
 
@@ -133,7 +133,7 @@ def training_while_saving(stack: ExitStack, scale: Scale, figures: Figures) -> N
             figures.add("steps_beside_a_checkpoint", len(during))
 
 
-def rows_of(client: MemoryClient, scale: Scale) -> bytes:
+def some_rows(client: MemoryClient, scale: Scale) -> bytes:
     """Every hundredth row."""
     return client.lookup(TABLE, np.arange(0, table_rows(scale), 100)).tobytes()
 

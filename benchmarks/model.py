@@ -23,7 +23,8 @@ from benchmarks.report import Line, check_output, finish
 from engrid.client import ClientConfig, MemoryClient
 from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import PREFILL_CHUNK, Decoder, Memory
-from engrid.model.hashing import Ids, NgramHasher
+from engrid.model.hashing import NgramHasher
+from engrid.model.lookup import Ids
 from engrid.model.rows import InProcessTables, RowSource
 from engrid.model.transformer import Transformer
 from engrid.rpc.allocator import keep_buffers

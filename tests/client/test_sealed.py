@@ -36,9 +36,11 @@ from engrid.rpc.errors import (
     RowWidthMismatchError,
     ShardUnavailableError,
 )
+from engrid.rpc.mapping import HUGE_PAGE
 from engrid.shard.sealed import SealedRows
 from engrid.tables import RowTable
 from engrid.v1 import memory_pb2 as pb
+from tests.memory_maps import huge_bytes, mappings, needs_collapse
 from tests.shards import load_initial, local_shards, shard_process, table
 
 WAYS = {
@@ -235,6 +237,32 @@ def test_unsealed_or_short_descriptor_is_not_mapped(sealed):
         SharedTable(longer, [part_of(longer)], [sealed.descriptor])
 
 
+@needs_collapse
+def test_shard_and_reader_get_huge_pages_under_every_partition():
+    """At an address of its own each: a reader whose mappings are not aligned as the file is would get none."""
+    part_rows = 2 * HUGE_PAGE // 32 + 1
+    spec = spec_of("huge@1", 2 * part_rows)
+    table = RowTable(spec)
+    parts = [SealedRows(spec, first, first + part_rows) for first in (0, part_rows)]
+    for rows in parts:
+        rows.write(0, table.raw(rows.start, rows.stop).tobytes())
+        rows.seal()
+    each, deadline = 2 * HUGE_PAGE, time.monotonic() + 20
+    while huge_bytes("engrid huge@1") < len(parts) * each:
+        assert time.monotonic() < deadline
+        assert all(np.array_equal(rows.raw(0, 10), table.raw(rows.start, rows.start + 10)) for rows in parts)
+        time.sleep(0.01)
+    partitions = [
+        Partition(table=spec.name, index=at, start=rows.start, stop=rows.stop, shards=("s0",))
+        for at, rows in enumerate(parts)
+    ]
+    reader = SharedTable(spec, partitions, [rows.descriptor for rows in parts])
+    out = np.empty((spec.rows, spec.row_bytes), np.uint8)
+    reader.gather(np.arange(spec.rows), out)
+    assert np.array_equal(out, table.raw(0, spec.rows))
+    assert huge_bytes("engrid huge@1") == 2 * len(parts) * each, "the shard's and the reader's"
+
+
 def test_rows_stay_when_the_shard_is_killed(tmp_path):
     with shard_process(tmp_path) as (process, _), MemoryClient(f"file:{tmp_path}") as client:
         spec = spec_of()
@@ -254,15 +282,11 @@ def test_dropped_table_is_freed_once_nobody_reads_it(tmp_path):
     with local_shards(tmp_path, 1), MemoryClient(f"file:{tmp_path}") as client:
         load_initial(client, spec_of("gone@1"))
 
-        def mapped():
-            with open("/proc/self/maps") as maps:  # noqa: PTH123 - no file
-                return sum("engrid gone@1" in line for line in maps)
-
         client.lookup("gone@1", np.array([1]))
-        assert mapped() == 2, "by the shard and by the client, both in this process"
+        assert mappings("engrid gone@1") == 2, "by the shard and by the client, both in this process"
         drop_tables(client, ["gone@1"])
         client.forget(["gone@1"])
-        assert mapped() == 0
+        assert mappings("engrid gone@1") == 0
 
 
 # -- the handover

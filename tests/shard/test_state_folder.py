@@ -3,7 +3,10 @@
 import pytest
 
 from engrid.rpc.errors import BadRequestError
+from engrid.shard.config import ShardConfig
+from engrid.shard.service import ShardService
 from engrid.shard.state_folder import LOCK_FILE, StateFolder, owner_of
+from engrid.storage.errors import CheckpointDamagedError
 from tests.clusters import engrid, start_engrid
 from tests.mortal import MortalShard
 
@@ -16,6 +19,18 @@ def test_a_folder_in_use_is_refused_and_free_once_its_process_is_killed(tmp_path
             StateFolder(first.state, "s1", patience_s=0.1)
         first.kill()
         first.start()
+
+
+def test_a_shard_that_cannot_recover_lets_go_of_its_folder(tmp_path):
+    config = ShardConfig(name="s0", directory=f"file:{tmp_path}", state=tmp_path / "state")
+    ShardService(config).close()
+    base = tmp_path / "state" / "base" / f"{1:016d}"
+    base.mkdir(parents=True)
+    (base / "base.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointDamagedError):
+            ShardService(config)
+    StateFolder(tmp_path / "state", "s0", patience_s=0).close()
 
 
 def test_another_shard_is_refused_by_name_before_it_reads_anything(tmp_path):

@@ -17,6 +17,7 @@ from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.errors import BadRequestError
 from engrid.tables import RowTable
+from engrid.worker import run
 from engrid.worker.run import Place, train
 from engrid.worker.tables import table_specs
 from engrid.worker.trainer import Batches, Trainer
@@ -97,6 +98,18 @@ def test_memory_learns_and_the_curve_ends_at_the_loss_reported(trained):
     assert np.mean(losses[-5:]) < 0.1 * losses[0]
     assert trained.result["validation_loss"] < 1
     assert trained.result["curve"] == [(90, trained.result["validation_loss"])]
+
+
+def test_the_last_loss_is_of_no_more_text_than_was_trained_on(out, monkeypatch):
+    real, limits = run.validation_loss, []
+
+    def measured(*arguments, limit, **more):
+        limits.append(limit)
+        return real(*arguments, limit=limit, **more)
+
+    monkeypatch.setattr(run, "validation_loss", measured)
+    finish(tiny_config(out, memory="off", steps=3, batch=2, length=10))
+    assert limits == [3 * 2 * 10]
 
 
 def test_run_without_memory_asks_for_no_shards(out):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .canonical import CanonicalVocabulary
-from .hashing import Ids, NgramHasher
+from .hashing import NgramHasher
+from .lookup import Ids
 from .rows import PendingRows, RowSource
 from .speculative import Drafts, PromptLookup, agreed
 from .transformer import DecodeState, Transformer

@@ -35,9 +35,7 @@ import numpy.typing as npt
 
 from .canonical import DEAD, CanonicalVocabulary
 from .config import EngramSpec
-from .lookup import Lookup
-
-Ids = npt.NDArray[np.int64]
+from .lookup import Ids, Lookup
 
 LAYER_STRIDE = 10_007
 """Between the generator seeds of two layers (engram.md, 2)."""

@@ -10,7 +10,7 @@ Once all have come, that mapping is given up, the file is sealed, and mapped aga
 So the descriptor can be handed to any process of this host that may read (handover.py), which then gathers rows
 without asking us, and goes on doing so when we are gone.
 
-Once sealed the rows are served, and meanwhile copied into huge pages, a partition at a time (mapping.py): the second or
+Once sealed the rows are served, and meanwhile copied into huge pages, one piece at a time (mapping.py): the second or
 so per GiB that it takes is not waited for.
 
 Rejected: a file in /dev/shm (64 MiB in most containers, stays behind after a crash, can be truncated under its
@@ -44,13 +44,13 @@ class SealedRows:
         self.spec = spec
         self.start, self.stop = start, stop
         self.nbytes = (stop - start) * spec.row_bytes
+        self._gone = threading.Event()
         self.descriptor = os.memfd_create(f"engrid {spec.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.descriptor, self.nbytes)
         self._loading: mmap.mmap | None = mmap.mmap(self.descriptor, self.nbytes)
         self._rows: Bytes = np.empty((0, spec.row_bytes), np.uint8)
         self.lock = threading.Lock()
         """Held by whoever loads."""
-        self._gone = threading.Event()
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -105,6 +105,6 @@ _making_huge = threading.Lock()
 
 def _make_huge(memory: Bytes, gone: threading.Event) -> None:
     done = 0
-    with _making_huge:
-        while done < memory.nbytes and not gone.is_set():
+    while done < memory.nbytes and not gone.is_set():
+        with _making_huge:  # anew for each piece: whoever waits for it keeps its rows from being freed
             done = collapse(memory, done)
