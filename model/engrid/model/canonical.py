@@ -1,4 +1,4 @@
-"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (engram.md, 1)."""
+"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (docs/engram.md, 1)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """Peak, of the dense weights."""
     table_learning_rate_ratio: float = 5.0
-    """Learning rate of rows over that of dense weights (engram.md, 7)."""
+    """Learning rate of rows over that of dense weights (docs/engram.md, 7)."""
     warmup: int = 20
     """Steps to the peak; a cosine to a tenth of it follows."""
     seed: int = 0
