@@ -126,7 +126,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         return pb.PinReply()
 
     def Load(self, request_iterator: Iterator[pb.LoadChunk], context: grpc.ServicerContext) -> pb.LoadReply:
-        return pb.LoadReply(rows=self._run(context, lambda: self._service.load(request_iterator, deadline=_deadline(context))))
+        return pb.LoadReply(
+            rows=self._run(context, lambda: self._service.load(request_iterator, deadline=_deadline(context)))
+        )
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportChunk]:
         try:
