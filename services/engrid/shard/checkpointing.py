@@ -169,7 +169,7 @@ class Checkpointing:
 
     # -- restoring
 
-    def restore(self, request: pb.RestoreRequest) -> int:
+    def restore(self, request: pb.RestoreRequest, *, deadline: float) -> int:
         """See MemoryService.Restore; returns the rows of all partitions."""
         checkpoints = Checkpoints(self._disk(request.folder))
         with self._disk_errors(f"could not read checkpoint {request.name}"):

@@ -1,6 +1,7 @@
 """The shell around the state machine: locks, waiting and allocation.
 
-Every method is one request, raises EngridError, and is called from gRPC's threads.
+Every method is one request, raises EngridError, and is called from gRPC's threads. A `deadline` is on time.monotonic()'s
+clock: nobody waits longer, and a request whose caller has given up is not carried out.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class ShardService:
 
     # -- training
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str]) -> int:
+    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str], *, deadline: float) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
         with self.loading:
             with self.at_rest():
@@ -151,7 +152,7 @@ class ShardService:
             self.journal.wait_durable(record)
             return step
 
-    def push(self, request: pb.PushRequest) -> list[bool]:
+    def push(self, request: pb.PushRequest, *, deadline: float) -> list[bool]:
         """Checks every part, then takes all or none. Per part, whether it was new."""
         self._check_durable(durable=request.durable)
         parts, came = [], []
@@ -187,7 +188,7 @@ class ShardService:
         self.counters.pushes += sum(taken.new)
         return list(taken.new)
 
-    def commit(self, request: pb.CommitRequest) -> None:
+    def commit(self, request: pb.CommitRequest, *, deadline: float) -> None:
         """See ShardCore.commit. Returns after what became ready is applied, and is on disk where that was asked for."""
         self._check_durable(durable=request.durable)
         with self._not_pausing():
@@ -240,7 +241,7 @@ class ShardService:
 
     # -- placement
 
-    def adopt(self, placement: Placement, *, check_only: bool) -> int:
+    def adopt(self, placement: Placement, *, check_only: bool, deadline: float) -> int:
         """Serves the placement from now on; returns the bytes held under it. Refused: nothing changes."""
         with self._adopting:
             with self._lock:
@@ -325,7 +326,7 @@ class ShardService:
             refuse_empty(self.config.name, key[0])
         return part.rows
 
-    def load(self, chunks: Iterator[pb.LoadChunk]) -> int:
+    def load(self, chunks: Iterator[pb.LoadChunk], *, deadline: float) -> int:
         """Overwrites one partition once all of its rows have come; returns their number."""
         first = next(chunks, None)
         if first is None:

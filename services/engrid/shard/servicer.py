@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -21,6 +22,15 @@ from .stalls import StallWatch
 from .stream import LookupStream
 
 T = TypeVar("T")
+
+LONGEST_CALL = 600.0
+"""Seconds a call that names no deadline of its own may wait."""
+
+
+def _deadline(context: grpc.ServicerContext) -> float:
+    """When the caller gives up, on time.monotonic()'s clock."""
+    remaining = context.time_remaining()
+    return time.monotonic() + (LONGEST_CALL if remaining is None else remaining)
 
 
 def add_to_server(servicer: MemoryServicer, server: grpc.Server) -> None:
@@ -79,17 +89,19 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             self._streams.release()
 
     def Push(self, request: pb.PushRequest, context: grpc.ServicerContext) -> pb.PushReply:
-        new = self._run(context, lambda: self._service.push(request))
+        new = self._run(context, lambda: self._service.push(request, deadline=_deadline(context)))
         return pb.PushReply(outcomes=[pb.ACCEPTED if is_new else pb.DUPLICATE for is_new in new])
 
     def Commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitReply:
-        self._run(context, lambda: self._service.commit(request))
+        self._run(context, lambda: self._service.commit(request, deadline=_deadline(context)))
         return pb.CommitReply()
 
     def BeginRun(self, request: pb.BeginRunRequest, context: grpc.ServicerContext) -> pb.BeginRunReply:
         step = self._run(
             context,
-            lambda: self._service.begin_run(request.run, request.attempt, request.workers, list(request.tables)),
+            lambda: self._service.begin_run(
+                request.run, request.attempt, request.workers, list(request.tables), deadline=_deadline(context)
+            ),
         )
         return pb.BeginRunReply(step=step)
 
@@ -99,7 +111,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                 placement = Placement.from_json(json.loads(request.placement))
             except (ValueError, TypeError, KeyError) as error:
                 raise BadRequestError(f"not a placement: {error}") from error
-            return self._service.adopt(placement, check_only=request.check_only)
+            return self._service.adopt(placement, check_only=request.check_only, deadline=_deadline(context))
 
         return pb.AdoptReply(bytes=self._run(context, adopt))
 
@@ -114,7 +126,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         return pb.PinReply()
 
     def Load(self, request_iterator: Iterator[pb.LoadChunk], context: grpc.ServicerContext) -> pb.LoadReply:
-        return pb.LoadReply(rows=self._run(context, lambda: self._service.load(request_iterator)))
+        return pb.LoadReply(rows=self._run(context, lambda: self._service.load(request_iterator, deadline=_deadline(context))))
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportChunk]:
         try:
@@ -139,7 +151,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         return pb.SettleCheckpointReply()
 
     def Restore(self, request: pb.RestoreRequest, context: grpc.ServicerContext) -> pb.RestoreReply:
-        return pb.RestoreReply(rows=self._run(context, lambda: self._service.checkpointing.restore(request)))
+        checkpointing = self._service.checkpointing
+        restore = partial(checkpointing.restore, request, deadline=_deadline(context))
+        return pb.RestoreReply(rows=self._run(context, restore))
 
     def CheckFolder(self, request: pb.CheckFolderRequest, context: grpc.ServicerContext) -> pb.CheckFolderReply:
         checkpointing = self._service.checkpointing
