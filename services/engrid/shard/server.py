@@ -13,7 +13,7 @@ from engrid.rpc.server import RpcServer
 from .config import ShardConfig
 from .handover import Handover
 from .service import ShardService
-from .servicer import MemoryServicer, add_to_server
+from .servicer import CHECKS, PATIENT, MemoryServicer, add_to_server, pools
 
 MEMORY_SERVICE = "engrid.v1.MemoryService"
 
@@ -31,13 +31,17 @@ class ShardServer:
             opened.callback(service.close)
             handover = _open_handover(service) if config.shared_memory else None
             servicer = MemoryServicer(service, handover)
-            opened.callback(servicer.close)
             self._rpc = RpcServer(
                 config.listen,
                 [MEMORY_SERVICE],
                 partial(add_to_server, servicer),
-                threads=config.max_streams + config.unary_threads,
+                owner=f"shard {config.name}",
+                pools=pools(config, servicer.end_idle_stream),
+                checks=CHECKS,
+                patient=PATIENT,
+                failed=servicer.count_error,
                 advertise_host=config.advertise_host,
+                keepalive_seconds=config.keepalive,
             )
             opened.callback(self._stop_rpc)
             if handover is not None:

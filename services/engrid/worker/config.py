@@ -38,6 +38,8 @@ class WorkerConfig:
     """Map sealed tables of shards on this host, where that is possible."""
     cache_bytes: int = 64 << 20
     """For rows of sealed tables read over gRPC; 0: none."""
+    reply_timeout: float = 30.0
+    """Seconds a client may leave a reply untaken before its call is ended."""
 
 
 def demo_model() -> ModelConfig:
