@@ -368,7 +368,9 @@ class ShardService:
         if self._core.empty(request.table):
             refuse_empty(self.config.name, request.table)
         part = self._rows.partition(key)
-        per_chunk = request.rows_per_chunk or max(1, EXPORT_CHUNK_BYTES // part.rows.spec.row_bytes)
+        row_bytes = part.rows.spec.row_bytes
+        asked = request.rows_per_chunk or EXPORT_CHUNK_BYTES // row_bytes
+        per_chunk = max(1, min(asked, self.config.max_reply_bytes // row_bytes))
         count = part.stop - part.start
         for start in range(0, count, per_chunk):
             raw = part.copy_out(start, min(start + per_chunk, count))
