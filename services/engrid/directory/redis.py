@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -22,6 +22,7 @@ from redis.retry import Retry
 from .errors import CorruptDirectoryError, DirectoryUnavailableError, EpochConflictError, ShardUnknownError
 from .placement import Placement
 from .records import ShardRecord, check_epoch_rises, check_name_is_free
+from .sources import check_redis, masked
 
 _TIMEOUT_SECONDS = 5.0
 _DEFAULT_PREFIX = "engrid"
@@ -30,24 +31,28 @@ _DEFAULT_PREFIX = "engrid"
 class RedisDirectory:
     """Keys under the prefix of `url`: redis://[user:password@]host:port[/database][?prefix=engrid].
 
-    Other options of redis-py, such as socket_timeout (seconds, 5 here), follow by &.
+    unix:///SOCKET[?db=0] is a socket of this host. Other options of redis-py, such as socket_timeout (seconds, 5 here), follow by &.
     """
 
     def __init__(self, url: str) -> None:
         """Connects at the first call; raises ValueError for a URL Redis cannot take."""
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
+        bare, _, options = check_redis(url).partition("?")
+        query = dict(parse_qsl(options))
         prefix = query.pop("prefix", _DEFAULT_PREFIX)
-        address = urlunsplit(parts._replace(query=urlencode(query)))
+        address = f"{bare}?{urlencode(query)}" if query else bare
         self._shards = f"{prefix}:shards"
         self._placement = f"{prefix}:placement"
-        self._where = f"Redis {parts.hostname}:{parts.port or 6379} (prefix {prefix})"
-        self._redis = redis.Redis.from_url(
-            address,
-            socket_timeout=_TIMEOUT_SECONDS,
-            socket_connect_timeout=_TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._where = f"Redis {_place(bare)} (prefix {prefix})"
+        try:
+            self._redis = redis.Redis.from_url(
+                address,
+                socket_timeout=_TIMEOUT_SECONDS,
+                socket_connect_timeout=_TIMEOUT_SECONDS,
+                retry=Retry(NoBackoff(), 0),
+            )
+            self._redis.connection_pool.make_connection()
+        except (TypeError, ValueError, redis.RedisError) as error:
+            raise ValueError(f"{masked(url)!r}: redis-py does not take an option of it: {error}") from None
 
     def register(self, record: ShardRecord) -> None:
         """See Directory.register."""
@@ -139,3 +144,11 @@ class RedisDirectory:
             raise DirectoryUnavailableError(
                 f"{self._where} does not serve: {error}; check that it runs and that this host may connect"
             ) from error
+
+
+def _place(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return parts.path
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{host}:{parts.port or 6379}"
