@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
+
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +68,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except (EngridError, DirectoryError, ClusterError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except BaseException as error:
         if not interrupts.pressed():
@@ -115,14 +121,34 @@ def up(
 
 
 @app.command()
-def down(run_dir: RunDir = None) -> None:
-    """Stop what `engrid up` started, and nothing else."""
-    from .launch import down as stop
+def down(
+    keep_rows: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--keep-rows", help="Leave the shards' rows on disk; the next `engrid up` goes on from them."),
+    ] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Stop what `engrid up` started, and nothing else. Live rows that no checkpoint holds are discarded."""
+    from .stop import down as stop
 
     with told():
         with console.status("stopping"):
-            stopped = stop(where(run_dir))
-        console.print(f"stopped {', '.join(stopped)}" if stopped else f"no cluster is up in {where(run_dir)}")
+            stopped = stop(where(run_dir), keep_rows=keep_rows)
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        if not stopped.parts and not stopped.kept and not stopped.discarded_kept:
+            say(f"no cluster is up in {where(run_dir)}")
+            return
+        if stopped.parts:
+            say(f"stopped {', '.join(stopped.parts)}")
+        tables = ", ".join(f"{name} at step {step}" for name, step in stopped.tables.items())
+        if stopped.kept:
+            say(f"kept {tables or 'what the shards hold'}; go on with: {command('up', run_dir)}")
+        elif tables:
+            say(f"discarded {tables}; checkpoints are not touched, and --keep-rows would have kept the rows")
+        elif stopped.discarded_kept:
+            say("discarded the rows that were kept")
+        for name, process in stopped.by_hand.items():
+            say(f"{name} was started by hand and goes on, its state folder too; stop it with: kill {process}")
 
 
 @app.command()

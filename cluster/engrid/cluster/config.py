@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engrid.directory import folder_source, redis_url
+from engrid.directory import folder_source, is_address, redis_url
 
 MEMORY_RESOURCE = "engrid_memory"
 """Ray resource: MiB a node gives to tables (whole numbers, as Ray wants them)."""
@@ -56,6 +57,8 @@ class ClusterConfig:
             raise ValueError(f"memory {self.memory_gib} GiB per shard: give a positive number")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout {self.timeout}: give a positive number of seconds")
+        if self.address is not None and self.address != "auto" and not is_address(self.address):
+            raise ValueError(f"address {self.address!r}: give HOST:PORT of a Ray head, or auto")
         if self.redis is not None:
             redis_url(self.redis)
 
@@ -88,6 +91,8 @@ class Record:
     workers: dict[str, str] = field(default_factory=dict)
     """Addresses of the compute workers, by name."""
     ready: bool = False
+    kept: bool = False
+    """Nothing runs: the cluster was taken down, and its shards' state folders are there for the next `engrid up`."""
 
     @property
     def namespace(self) -> str:
@@ -145,5 +150,7 @@ def require_cluster(run_dir: Path) -> Record:
     """The record of the cluster that is up; raises ClusterError where none is."""
     record = Record.load(run_dir)
     if record is None or not record.ready:
-        raise ClusterError(f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {run_dir}")
+        raise ClusterError(
+            f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {shlex.quote(str(run_dir))}"
+        )
     return record

@@ -7,6 +7,7 @@ import os
 
 from .errors import (
     CorruptDirectoryError,
+    DirectoryChangedError,
     DirectoryError,
     DirectoryUnavailableError,
     EpochConflictError,
@@ -18,13 +19,14 @@ from .errors import (
 from .file import FileDirectory
 from .placement import EMPTY_PLACEMENT, Partition, Placement, with_shards, with_tables, with_version, without_tables
 from .records import Directory, ShardRecord, process_lives, this_host
-from .sources import FolderSource, RedisSource, ShardSource, folder_source, masked, read_source, redis_url
+from .sources import FolderSource, RedisSource, ShardSource, folder_source, is_address, masked, read_source, redis_url
 from .versions import Version
 
 __all__ = [
     "EMPTY_PLACEMENT",
     "CorruptDirectoryError",
     "Directory",
+    "DirectoryChangedError",
     "DirectoryError",
     "DirectoryUnavailableError",
     "EpochConflictError",
@@ -39,6 +41,7 @@ __all__ = [
     "ShardUnknownError",
     "Version",
     "folder_source",
+    "is_address",
     "masked",
     "open_directory",
     "process_lives",

@@ -9,7 +9,7 @@ Commands are never repeated after a broken connection: the change may have been 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from .errors import CorruptDirectoryError, DirectoryUnavailableError, EpochConflictError, ShardUnknownError
 from .placement import Placement
-from .records import ShardRecord, check_epoch_rises, check_name_is_free
+from .records import ShardRecord, check_epoch_rises, check_name_is_free, check_registered
 from .sources import check_redis, masked
 
 _TIMEOUT_SECONDS = 5.0
@@ -98,10 +98,20 @@ class RedisDirectory:
 
         self._change(self._placement, change)
 
-    def clear(self) -> None:
-        """See Directory.clear. Values that cannot be read are removed too."""
-        with self._errors():
-            self._redis.delete(self._shards, self._placement)
+    def clear(self, *, registered: Mapping[str, ShardRecord] | None = None) -> None:
+        """See Directory.clear. Values that cannot be read are removed too where nothing is expected."""
+        if registered is None:
+            with self._errors():
+                self._redis.delete(self._shards, self._placement)
+            return
+
+        def change(pipe: Pipeline) -> None:
+            found = [self._record(each) for each in pipe.hgetall(self._shards).values()]
+            check_registered(self._where, {record.name: record for record in found}, registered)
+            pipe.multi()
+            pipe.delete(self._shards, self._placement)
+
+        self._change(self._shards, change)
 
     def close(self) -> None:
         """See Directory.close."""

@@ -16,7 +16,7 @@ class ShardConfig:
     listen: str = "127.0.0.1:0"
     """host:port; port 0 for any free one."""
     advertise_host: str | None = None
-    """Host that clients reach us by, where `listen` binds all interfaces; default: the host of `listen`."""
+    """Host that clients reach us by; None: that of `listen`, or this host's address where that is 0.0.0.0 or [::]."""
     directory: str | os.PathLike[str] = field(repr=False)
     """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     state: Path | None = None
