@@ -43,6 +43,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     # One connection per channel object: closing a client closes what it opened, nothing shared.
     ("grpc.use_local_subchannel_pool", 1),
+    # http_proxy and the like are for the web: a proxy would refuse what goes from process to process of ours, or hang.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from .addresses import host_port, reachable_host
 from .calls import Check, Handled, Rules
 from .channel import server_options
 from .errors import BadRequestError
@@ -46,9 +47,11 @@ class RpcServer:
 
         services: full names to report healthy and to reflect. owner: whose server it is, for messages ("shard s0"). pools:
         where the methods of `services` run, each in one of them; one is named CONTROL and answers health checks as well.
-        checks, patient, failed: see Rules. advertise_host: the host others reach us by, where `listen` is 0.0.0.0.
-        Raises BadRequestError where the port is taken or the host is not ours.
+        checks, patient, failed: see Rules. advertise_host: the host others reach us by; None: that of `listen`, or this
+        host's address on its default interface where that is 0.0.0.0 or [::]. Raises BadRequestError where the port is taken
+        or the host is not ours.
         """
+        host = reachable_host(listen.rpartition(":")[0], advertise_host)
         pools = (*pools, _WATCHES)
         self._stalls = StallWatch(min(pool.patience for pool in pools), failed)
         self._threads = {pool: PoolThreads(pool) for pool in pools}
@@ -68,8 +71,7 @@ class RpcServer:
                 f"cannot listen on {listen}: the port is in use or the host is not this machine's; "
                 "choose another, or port 0 for any free one"
             ) from error
-        host = advertise_host or listen.rpartition(":")[0]
-        self.address = f"{host}:{port}"
+        self.address = host_port(host, port)
         self._server.start()
         for name in ("", *services):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
