@@ -21,6 +21,9 @@ class ShardConfig:
     """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     state: Path | None = None
     """Folder of the shard's log and base, from which it goes on when it is started again; None: nothing is kept."""
+    checkpoints: tuple[Path, ...] = ()
+    """Folders in which clients may have checkpoints written and read; none: the working directory. Besides them, where the
+    directory is a file, its folder and what its owner allows (folders.py)."""
     log_bytes: int = 2 << 30
     """A start replays about this much at most: then the shard writes its rows to disk and lets the log go."""
     image_bytes: int = 256 << 20
