@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
+
 import argparse
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -17,15 +21,21 @@ from .server import ShardServer
 
 
 def serve(config: ShardConfig) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves."""
+    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves.
+
+    Exits with 1 if the shard cannot go on: started again, it does from its log.
+    """
     keep_buffers()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     server = ShardServer(config)
     print(f"shard {server.name} serves at {server.address}", flush=True)
+    server.when_failed(stop.set)
     stop.wait()
     server.stop()
+    if server.failure:
+        sys.exit(f"error: shard {server.name} ended: {server.failure}. Start it again: it goes on from its log")
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engrid.rpc.errors import (
@@ -34,13 +34,14 @@ from engrid.rpc.errors import (
     StepNotReachedError,
 )
 from engrid.storage.checkpoint import Checkpoints
-from engrid.storage.disk import Disk, LocalDisk
+from engrid.storage.disk import Disk
 from engrid.storage.errors import CheckpointError
 from engrid.storage.manifest import Manifest
 from engrid.storage.partition import SavedPartition
 from engrid.tables import RowTable
 from engrid.v1 import memory_pb2 as pb
 
+from .folders import CheckpointFolders, check_name
 from .gate import LONGEST_WAIT
 from .messages import PartitionKey, PartitionState
 from .requests import check_count, check_wait
@@ -50,6 +51,11 @@ from .snapshot import ImageMemory, SnapshotGivenUpError
 
 if TYPE_CHECKING:
     from .service import ShardService
+
+PROOF = re.compile(r"\.shared-[0-9a-f]{32}")
+"""Name of a file that proves a folder to be shared: the only kind whose content is given to whoever asks."""
+MAX_PROOF_BYTES = 1024
+"""Of such a file."""
 
 
 @dataclass
@@ -94,6 +100,7 @@ class Checkpointing:
         self._service, self._gate, self._stepped = service, service.gate, service.gate.stepped
         self._name = service.config.name
         self._core, self._rows = service.journal.core, service.journal.rows
+        self._folders = CheckpointFolders(service.config)
         self._save: _Save | None = None
 
     # -- saving
@@ -104,8 +111,11 @@ class Checkpointing:
         """See MemoryService.Checkpoint. on_end: takes what is to be called once the caller has gone away; False: it has."""
         deadline = time.monotonic() + min(check_wait(request.wait), LONGEST_WAIT)
         check_count("step", request.step)
-        disk = self._disk(request.folder)
-        if not disk.exists(f"{request.partial}/tables"):
+        if request.base:
+            check_name("base", request.base)
+        partial = check_name("partial", request.partial)
+        disk = self._folders.disk(request.folder, f"{partial}/tables")
+        if not disk.exists(f"{partial}/tables"):
             raise BadRequestError(
                 f"shard {self._name} finds no {request.folder}/{request.partial}/tables; checkpoints need a directory that "
                 "all shards share"
@@ -175,7 +185,7 @@ class Checkpointing:
         """See MemoryService.Restore; returns the rows of all partitions."""
         rest = min(time.monotonic() + check_wait(request.wait), deadline)
         check_count("attempt", request.attempt, 1)
-        checkpoints = Checkpoints(self._disk(request.folder))
+        checkpoints = Checkpoints(self._folders.disk(request.folder, check_name("checkpoint", request.name)))
         with self._disk_errors(f"could not read checkpoint {request.name}"):
             chain = checkpoints.chain(request.name)
             tables = list(request.tables)
@@ -234,22 +244,16 @@ class Checkpointing:
     def check_folder(self, folder: str, file: str) -> bytes:
         """See MemoryService.CheckFolder."""
         shared = "checkpoints need one directory that the workers and all shards read and write"
+        if not PROOF.fullmatch(file):
+            raise BadRequestError(f"file {file!r}: give one named .shared- and 32 hex digits, which was made for this")
         try:
-            disk = self._disk(folder)
-            content = disk.read(file)
-            answer = disk.create(f"{file}.{self._name}")
+            disk = self._folders.disk(folder, file)
+            content = disk.read(file, 0, MAX_PROOF_BYTES)
+            answer = disk.create(check_name("file", f"{file}.{self._name}"))
         except (OSError, BadRequestError) as error:
             raise BadRequestError(f"shard {self._name} cannot use {folder}: {error}; {shared}") from error
         answer.close()
         return content
-
-    def _disk(self, folder: str) -> LocalDisk:
-        """The folder as it is; one that is missing is not made, as it would be this host's alone."""
-        if not folder.startswith("/"):
-            raise BadRequestError(f"folder {folder!r}: give an absolute path")
-        if not Path(folder).is_dir():
-            raise BadRequestError(f"shard {self._name} finds no folder {folder}")
-        return LocalDisk(Path(folder))
 
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:

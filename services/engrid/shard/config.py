@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -15,11 +16,14 @@ class ShardConfig:
     listen: str = "127.0.0.1:0"
     """host:port; port 0 for any free one."""
     advertise_host: str | None = None
-    """Host that clients reach us by, where `listen` binds all interfaces; default: the host of `listen`."""
-    directory: str
-    """file:PATH of a run directory, or redis://HOST:PORT[/DB][?prefix=NAME]."""
+    """Host that clients reach us by; None: that of `listen`, or this host's address where that is 0.0.0.0 or [::]."""
+    directory: str | os.PathLike[str] = field(repr=False)
+    """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     state: Path | None = None
     """Folder of the shard's log and base, from which it goes on when it is started again; None: nothing is kept."""
+    checkpoints: tuple[Path, ...] = ()
+    """Folders in which clients may have checkpoints written and read; none: the working directory. Besides them, where the
+    directory is a file, its folder and what its owner allows (folders.py)."""
     log_bytes: int = 2 << 30
     """A start replays about this much at most: then the shard writes its rows to disk and lets the log go."""
     image_bytes: int = 256 << 20
@@ -27,13 +31,19 @@ class ShardConfig:
     memory_bytes: int | None = None
     """Most bytes of rows and optimizer state to hold; None: 80 % of what is free at the start."""
     max_streams: int = 64
-    """Lookup streams open at a time; one more is refused. Each holds a thread."""
+    """Lookup streams open at a time. For one more the longest idle is ended, and where all are busy it is refused. Each
+    holds a thread."""
     unary_threads: int = 8
-    """Threads kept for pushes, health and the rest."""
+    """Threads for pushes, as many for loads and exports, for checkpoints, and for what changes runs and placements; twice as
+    many for health and what is answered at once."""
     max_reply_bytes: int = 8 << 20
     """Largest rows in one lookup reply, in bytes; a request for more is refused."""
     reply_timeout: float = 30.0
-    """Seconds a client may leave a reply untaken before its stream is ended, and the stream's thread free again."""
+    """Seconds a client may leave a reply untaken, or a message unsent that the shard waits for; then its call is ended, and
+    the call's thread free again."""
+    keepalive: float = 30.0
+    """Seconds after which a silent client's machine is asked whether it lives, and again. It has two thirds of that to
+    answer, or its connection is closed."""
     shared_memory: bool = True
     """Hand sealed rows to processes of this host and user, to be mapped and read without asking."""
 
@@ -49,8 +59,9 @@ class ShardConfig:
             raise ValueError("log_bytes and image_bytes must be at least 1")
         if self.max_streams < 1 or self.unary_threads < 1 or self.max_reply_bytes < 1:
             raise ValueError("max_streams, unary_threads and max_reply_bytes must be at least 1")
-        if not self.reply_timeout > 0:
-            raise ValueError(f"reply_timeout {self.reply_timeout}: give a positive number of seconds")
+        for name in ("reply_timeout", "keepalive"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ValueError(f"{name} {getattr(self, name)}: give a positive number of seconds, at most 3600")
 
 
 def free_memory_bytes() -> int:

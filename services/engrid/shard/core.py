@@ -36,7 +36,11 @@ from engrid.rpc.errors import (
 
 from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push, Together
 
-MOST_PIN_SECONDS = 3600.0
+MOST_PIN_SECONDS = 600.0
+MAX_PINNED = 16_384
+"""Names of tables in all pins together, and readers: a pin is kept until its time is over, whoever sent it."""
+MAX_NAME_BYTES = 512
+"""Bytes of a name that a client gives and a shard keeps."""
 
 
 class ShardCore:
@@ -128,9 +132,24 @@ class ShardCore:
         live = [table for table in tables if "@" not in table]
         if live or not reader:
             raise BadRequestError(f"pins are a reader's and of sealed tables (NAME@VERSION), not of {live or 'nobody'}")
-        self._pins = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        for name in (reader, *tables):
+            self._check_size(name)
+        wanted = frozenset(tables)
+        others = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        held = sum(len(names) for names, _ in others.values())
+        if seconds and (len(others) >= MAX_PINNED or held + len(wanted) > MAX_PINNED):
+            raise ShardUnavailableError(
+                f"shard {self.shard} holds pins of {held} tables by {len(others)} readers, and {len(wanted)} more would pass "
+                f"its limit of {MAX_PINNED}; try again once other readers have let go"
+            )
+        self._pins = others
         if seconds:
-            self._pins[reader] = (frozenset(tables), now + seconds)
+            self._pins[reader] = (wanted, now + seconds)
+
+    @staticmethod
+    def _check_size(name: str) -> None:
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise BadRequestError(f"a name of {len(name.encode())} bytes: give at most {MAX_NAME_BYTES}")
 
     def pinned(self, now: float) -> frozenset[str]:
         """Tables that someone reads."""
@@ -142,6 +161,7 @@ class ShardCore:
         """Whether it would change anything; raises what begin_run raises and changes nothing."""
         if workers < 1 or attempt < 1 or not run:
             raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker")
+        self._check_size(run)
         states = self._of_tables(tables)
         assert self.placement is not None
         for table in tables:

@@ -6,13 +6,11 @@ from engrid.rpc.errors import BadRequestError
 from engrid.tables import check_learning_rate
 from engrid.v1 import memory_pb2 as pb
 
+from .core import MAX_NAME_BYTES
+
 MOST_WORKERS = 1 << 16
 MOST_COUNT = 1 << 48
 """Of steps, attempts and pushes: each may be counted up from without leaving 64 bits, and JSON keeps it."""
-MOST_NAME = 256
-"""Characters of the name of a run."""
-MOST_EXPORT_BYTES = 8 << 20
-"""Of rows in one message."""
 
 
 def check_count(what: str, value: int, low: int = 0) -> None:
@@ -21,15 +19,8 @@ def check_count(what: str, value: int, low: int = 0) -> None:
         raise BadRequestError(f"{what} is {value}; give a number from {low} to {MOST_COUNT}")
 
 
-def check_run(run: str) -> None:
-    """Raises BadRequestError for a name that is empty or too long."""
-    if not 0 < len(run) <= MOST_NAME:
-        raise BadRequestError(f"the name of a run has {len(run)} characters; give 1 to {MOST_NAME}")
-
-
-def check_begin_run(run: str, attempt: int, workers: int) -> None:
+def check_begin_run(attempt: int, workers: int) -> None:
     """Raises BadRequestError; what the numbers mean is the state machine's to say."""
-    check_run(run)
     check_count("attempt", attempt, 1)
     if workers > MOST_WORKERS:
         raise BadRequestError(f"a run of {workers} workers; give {MOST_WORKERS} at most")
@@ -67,18 +58,8 @@ def check_load(first: pb.LoadChunk) -> None:
     """Raises BadRequestError."""
     check_count("step", first.step)
     check_count("attempt", first.attempt)
-    if len(first.run) > MOST_NAME:
-        check_run(first.run)
-
-
-def export_rows(request: pb.ExportRequest, row_bytes: int, usual_bytes: int) -> int:
-    """Rows of a chunk. Raises BadRequestError for more than a message should hold."""
-    rows = request.rows_per_chunk or max(1, usual_bytes // row_bytes)
-    if rows > 1 and rows * row_bytes > MOST_EXPORT_BYTES:
-        raise BadRequestError(
-            f"export: {rows} rows of {row_bytes} bytes a chunk; give {MOST_EXPORT_BYTES // row_bytes} rows at most"
-        )
-    return rows
+    if len(first.run.encode()) > MAX_NAME_BYTES:
+        raise BadRequestError(f"the name of the run has {len(first.run.encode())} bytes; give {MAX_NAME_BYTES} at most")
 
 
 def check_wait(seconds: float) -> float:

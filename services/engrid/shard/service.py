@@ -170,7 +170,7 @@ class ShardService:
 
     def begin_run(self, run: str, attempt: int, workers: int, tables: list[str], *, deadline: float) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
-        requests.check_begin_run(run, attempt, workers)
+        requests.check_begin_run(attempt, workers)
         with self.gate.hold(self.loading, deadline, "rows that are being loaded"):
             with self.at_rest(deadline):
                 for table in tables:
@@ -476,7 +476,9 @@ class ShardService:
             refuse_empty(self.config.name, request.table)
         part, state = self._rows.partition(key), self._core.partitions.get(key)
         run = state.run if state else ""
-        per_chunk = requests.export_rows(request, part.rows.spec.row_bytes, EXPORT_CHUNK_BYTES)
+        row_bytes = part.rows.spec.row_bytes
+        asked = request.rows_per_chunk or EXPORT_CHUNK_BYTES // row_bytes
+        per_chunk = max(1, min(asked, self.config.max_reply_bytes // row_bytes))
         count = part.stop - part.start
         for start in range(0, count, per_chunk):
             self.gate.refuse_failed()
