@@ -118,6 +118,16 @@ def test_what_was_taken_is_applied_alike_after_a_start_and_what_is_too_large_ref
         push(service, seq=3, step=3)
 
 
+@pytest.mark.parametrize("based", [True, False])
+def test_a_start_knows_how_large_the_weights_are(based, tmp_path):
+    with shell(tmp_path, SGD) as service:
+        push(service, value=-2e38)
+        if based:
+            service._bases.make()
+    with shell(tmp_path, SGD) as service, pytest.raises(NotFiniteError):
+        push(service, seq=2, step=2, value=-2e38)
+
+
 def test_ordinary_pushes_are_not_computed_twice(monkeypatch):
     monkeypatch.setattr(RowTable, "try_update", None)
     with shell(None, ADAM, workers=2) as service:

@@ -159,6 +159,20 @@ def test_rows_that_are_replaced_while_they_are_gathered_are_not_served_by_halves
             assert (looking.result() == 66).all()
 
 
+def test_a_run_that_begins_while_rows_are_gathered_does_not_answer_for_another():
+    """Its rows are the same ones, changed by its step."""
+    with shell() as service:
+        push(service)
+        held = Held(rows_of(service, 1), "gather")
+        looking = Call(lambda: look(service, run="r"))
+        held.wait()
+        service.begin_run("q", 1, 1, ["t"], deadline=soon())
+        push(service, run="q", step=2)
+        held.go()
+        with pytest.raises(RunMismatchError, match="run q"):
+            looking.result()
+
+
 def test_rows_that_are_just_being_loaded_are_neither_served_nor_pushed_to(monkeypatch):
     monkeypatch.setattr(loading, "put", loading.put)
     with shell() as service:
@@ -239,6 +253,16 @@ def test_a_step_that_is_not_reached_is_named():
 
 
 # -- the caller's time
+
+
+def test_a_free_lock_is_not_given_to_a_caller_that_has_given_up():
+    with shell() as service:
+        with (
+            pytest.raises(DeadlineExceededError, match="waited for a test"),
+            service.gate.hold(service.saving, soon(-1), "a test"),
+        ):
+            pytest.fail("it was carried out")
+        assert not service.saving.locked()
 
 
 def test_what_a_caller_has_given_up_is_not_carried_out():
