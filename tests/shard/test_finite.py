@@ -120,12 +120,14 @@ def test_what_was_taken_is_applied_alike_after_a_start_and_what_is_too_large_ref
 
 @pytest.mark.parametrize("based", [True, False])
 def test_a_start_knows_how_large_the_weights_are(based, tmp_path):
+    """Each push is small enough for weights that are zero."""
     with shell(tmp_path, SGD) as service:
-        push(service, value=-2e38)
+        for step in range(1, 6):
+            push(service, seq=step, step=step, value=-6e37, ids=[0])
         if based:
             service._bases.make()
     with shell(tmp_path, SGD) as service, pytest.raises(NotFiniteError):
-        push(service, seq=2, step=2, value=-2e38)
+        push(service, seq=6, step=6, value=-6e37, ids=[0])
 
 
 def test_ordinary_pushes_are_not_computed_twice(monkeypatch):
