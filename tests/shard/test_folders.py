@@ -1,9 +1,9 @@
 """Paths that clients name: a shard reads and writes in the folders it was given, and nowhere else."""
 
-import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -180,7 +180,7 @@ def test_option_of_the_command_is_taken(run, tmp_path):
         for folder in ("given", "given2"):
             calls.CheckFolder(pb.CheckFolderRequest(folder=str(tmp_path / folder), file=PROOF), timeout=10)
         with pytest.raises(grpc.RpcError, match="not given"):
-            calls.CheckFolder(pb.CheckFolderRequest(folder=os.getcwd(), file=PROOF), timeout=10)
+            calls.CheckFolder(pb.CheckFolderRequest(folder=str(Path.cwd()), file=PROOF), timeout=10)
     shown = subprocess.run(
         [sys.executable, "-m", "engrid.cluster.cli", "shard", "--help"], capture_output=True, check=True
     )
