@@ -73,8 +73,16 @@ class RpcServer:
             ) from error
         self.address = host_port(host, port)
         self._server.start()
-        for name in ("", *services):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._services = ("", *services)
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in self._services:
+            self._health.set(name, status)
+
+    def fail_health(self) -> None:
+        """Reports not serving, and goes on answering."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def stop(self, grace: float = 1.0) -> None:
         """Reports not serving, refuses new calls, cancels what is left after `grace` seconds."""

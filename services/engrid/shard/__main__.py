@@ -21,15 +21,21 @@ from .server import ShardServer
 
 
 def serve(config: ShardConfig) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves."""
+    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves.
+
+    Exits with 1 if the shard cannot go on: started again, it does from its log.
+    """
     keep_buffers()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     server = ShardServer(config)
     print(f"shard {server.name} serves at {server.address}", flush=True)
+    server.when_failed(stop.set)
     stop.wait()
     server.stop()
+    if server.failure:
+        sys.exit(f"error: shard {server.name} ended: {server.failure}. Start it again: it goes on from its log")
 
 
 def main() -> None:

@@ -42,7 +42,9 @@ from engrid.tables import RowTable
 from engrid.v1 import memory_pb2 as pb
 
 from .folders import CheckpointFolders, check_name
+from .gate import LONGEST_WAIT
 from .messages import PartitionKey, PartitionState
+from .requests import check_count, check_wait
 from .rows import PartitionRows, refuse_empty
 from .saving import save_snapshot
 from .snapshot import ImageMemory, SnapshotGivenUpError
@@ -94,9 +96,8 @@ class _Save:
 class Checkpointing:
     """Saves and restores the partitions of one shard."""
 
-    def __init__(self, service: ShardService, stepped: threading.Condition) -> None:
-        """stepped: of the lock that the state machine is asked under; notified whenever a step was applied."""
-        self._service, self._stepped = service, stepped
+    def __init__(self, service: ShardService) -> None:
+        self._service, self._gate, self._stepped = service, service.gate, service.gate.stepped
         self._name = service.config.name
         self._core, self._rows = service.journal.core, service.journal.rows
         self._folders = CheckpointFolders(service.config)
@@ -108,7 +109,8 @@ class Checkpointing:
         self, request: pb.CheckpointRequest, on_end: Callable[[Callable[[], None]], bool]
     ) -> Iterator[pb.CheckpointProgress]:
         """See MemoryService.Checkpoint. on_end: takes what is to be called once the caller has gone away; False: it has."""
-        deadline = time.monotonic() + request.wait
+        deadline = time.monotonic() + min(check_wait(request.wait), LONGEST_WAIT)
+        check_count("step", request.step)
         if request.base:
             check_name("base", request.base)
         partial = check_name("partial", request.partial)
@@ -118,9 +120,7 @@ class Checkpointing:
                 f"shard {self._name} finds no {request.folder}/{request.partial}/tables; checkpoints need a directory that "
                 "all shards share"
             )
-        if not self._service.saving.acquire(timeout=max(0.0, request.wait)):
-            raise DeadlineExceededError(f"shard {self._name} was still saving rows after {request.wait:g} s; try again")
-        try:
+        with self._gate.hold(self._service.saving, deadline, "another checkpoint to be written"):
             save = self._begin(request, deadline)
             try:
                 if not on_end(lambda: save.give_up("its caller went away")):
@@ -131,20 +131,18 @@ class Checkpointing:
                     with self._disk_errors(f"could not save {key[0]}[{key[1]}]"):
                         saved.append(save.write(disk, key))
                 yield pb.CheckpointProgress(partitions=[json.dumps(each.to_json()) for each in saved])
-                save.settled.wait()
+                if not save.settled.wait(LONGEST_WAIT):
+                    raise DeadlineExceededError(
+                        f"shard {self._name}: nobody settled {request.partial} in {LONGEST_WAIT:g} s"
+                    )
             finally:
                 with self._stepped:
                     save.settle("")
                     self._save = None
-        finally:
-            self._service.saving.release()
 
     def _begin(self, request: pb.CheckpointRequest, deadline: float) -> _Save:
         """Begins the snapshots of all partitions at the step asked for, once they stand there."""
         with self._stepped:
-            for table in request.tables:
-                if self._core.empty(table):
-                    refuse_empty(self._name, table)
             states = self._at_step(request)
             while states is None:
                 if not self._stepped.wait(deadline - time.monotonic()):
@@ -169,6 +167,10 @@ class Checkpointing:
             return save
 
     def _at_step(self, request: pb.CheckpointRequest) -> Mapping[PartitionKey, PartitionState] | None:
+        self._gate.refuse_failed()
+        for table in request.tables:
+            if self._core.empty(table):
+                refuse_empty(self._name, table)
         return self._core.to_save(request.run, request.attempt, request.step, list(request.tables))
 
     def settle(self, partial: str, published: str) -> None:
@@ -181,15 +183,16 @@ class Checkpointing:
 
     def restore(self, request: pb.RestoreRequest, *, deadline: float) -> int:
         """See MemoryService.Restore; returns the rows of all partitions."""
+        rest = min(time.monotonic() + check_wait(request.wait), deadline)
+        check_count("attempt", request.attempt, 1)
         checkpoints = Checkpoints(self._folders.disk(request.folder, check_name("checkpoint", request.name)))
         with self._disk_errors(f"could not read checkpoint {request.name}"):
             chain = checkpoints.chain(request.name)
             tables = list(request.tables)
-            self._check_tables(chain[-1], tables)
-            with self._service.loading:
-                keys = self._take_out(chain[-1], tables, request.attempt, time.monotonic() + request.wait)
-                rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
-                self._service.keep_loaded_rows()
+            with self._gate.hold(self._service.loading, deadline, "rows that are being loaded"):
+                keys = self._take_out(chain[-1], tables, request.attempt, rest)
+                with self._service.keeping_rows(deadline):
+                    rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
         return rows
 
     def _check_tables(self, manifest: Manifest, tables: list[str]) -> None:
@@ -205,12 +208,10 @@ class Checkpointing:
 
     def _take_out(self, manifest: Manifest, tables: list[str], attempt: int, deadline: float) -> list[PartitionKey]:
         """Closes the partitions to pushes and lookups, and lets go of their rows."""
-        with self._stepped:
-            while (keys := self._core.to_restore(manifest.run, attempt, tables)) is None:
-                if not self._stepped.wait(deadline - time.monotonic()):
-                    raise DeadlineExceededError(
-                        f"shard {self._name} was still applying a push when the restore's time was over; try again"
-                    )
+        with self._service.at_rest(deadline):
+            self._check_tables(manifest, tables)
+            keys = self._core.to_restore(manifest.run, attempt, tables)
+            assert keys is not None, "nothing is being applied"
             if self._save is not None:
                 self._save.give_up(f"checkpoint {manifest.name} is being restored")
             assert self._core.placement is not None

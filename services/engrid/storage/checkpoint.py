@@ -191,6 +191,7 @@ class Checkpoints:
     def restore(self, chain: list[Manifest], table: RowTable) -> None:
         """Overwrites the rows of `table` and their state, bit for bit; the table may be any range, cut anew."""
         self.restore_arrays(chain, table.spec.name, table.start, table.stop, table.arrays())
+        table.measure()
 
     def restore_arrays(
         self, chain: list[Manifest], table: str, start: int, stop: int, into: Mapping[str, Array]
