@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 
@@ -145,6 +146,7 @@ def _start_actors(
             directory=config.directory,
             state=str(record.state(config.run_dir)),
             memory_mib=record.memory_mib,
+            checkpoints=[str(folder.resolve()) for folder in config.checkpoints or (Path.cwd(),)],
             host=record.host,
             timeout=left,
         )

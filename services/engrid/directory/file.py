@@ -79,9 +79,10 @@ class FileDirectory:
                 status = os.fstat(file.fileno())
                 if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
                     return []
-                return [Path(json.loads(line)) for line in file.read(_MOST_FOLDERS_BYTES).splitlines()]
-        except (OSError, ValueError):
+                found = [Path(json.loads(line)) for line in file.read(_MOST_FOLDERS_BYTES).splitlines()]
+        except (OSError, ValueError, TypeError):
             return []
+        return [folder for folder in found if folder.is_absolute() and folder != Path("/")]
 
     def register(self, record: ShardRecord) -> None:
         """See Directory.register."""

@@ -28,6 +28,8 @@ def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
         # A client whose machine froze or lost its power sends no FIN: its connection would be kept for two hours.
         ("grpc.keepalive_time_ms", int(1000 * keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", int(667 * keepalive_seconds)),
+        # gRPC takes the longer of the two, and the second is a minute by default.
+        ("grpc.http2.ping_timeout_ms", int(667 * keepalive_seconds)),
         ("grpc.http2.max_pings_without_data", 0),
         # Calls of one connection at a time, refused or waiting ones included.
         ("grpc.max_concurrent_streams", MAX_CALLS),

@@ -45,12 +45,13 @@ def main() -> None:
     parser.add_argument("--listen", default=ShardConfig.listen)
     parser.add_argument("--directory", required=True)
     parser.add_argument("--state", type=Path)
+    parser.add_argument("--checkpoints", type=Path, action="append", default=[])
     parser.add_argument("--log-bytes", type=int, default=ShardConfig.log_bytes)
     parser.add_argument("--memory-bytes", type=int)
     parser.add_argument("--advertise-host")
     options = parser.parse_args()
     try:
-        serve(ShardConfig(**vars(options)))
+        serve(ShardConfig(**vars(options) | {"checkpoints": tuple(options.checkpoints)}))
     except (EngridError, DirectoryError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

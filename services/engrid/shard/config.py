@@ -6,6 +6,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .memory import gib, memory
+
+MEMORY_SHARE = 0.8
+"""Of what is free, for rows; the rest is for replies, pushes and the log."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
@@ -29,7 +34,8 @@ class ShardConfig:
     image_bytes: int = 256 << 20
     """Memory for rows that are pushed to while they are being written to disk; pushes wait where it is full."""
     memory_bytes: int | None = None
-    """Most bytes of rows and optimizer state to hold; None: 80 % of what is free at the start."""
+    """Most bytes of rows and optimizer state to hold, no more than the machine has or our control groups allow; None: 80 % of
+    what is free at the start."""
     max_streams: int = 64
     """Lookup streams open at a time. For one more the longest idle is ended, and where all are busy it is refused. Each
     holds a thread."""
@@ -55,6 +61,11 @@ class ShardConfig:
             raise ValueError(f"listen {self.listen!r}: give HOST:PORT, for example 127.0.0.1:7400 or 127.0.0.1:0")
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ValueError(f"memory_bytes {self.memory_bytes}: give a positive number of bytes")
+        if self.memory_bytes is not None and self.memory_bytes > (total := memory().total):
+            raise ValueError(
+                f"{gib(self.memory_bytes)} of memory for rows: this machine has {gib(total)}; give less, for example "
+                f"{gib(int(MEMORY_SHARE * total))}"
+            )
         if self.log_bytes < 1 or self.image_bytes < 1:
             raise ValueError("log_bytes and image_bytes must be at least 1")
         if self.max_streams < 1 or self.unary_threads < 1 or self.max_reply_bytes < 1:
@@ -62,15 +73,3 @@ class ShardConfig:
         for name in ("reply_timeout", "keepalive"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ValueError(f"{name} {getattr(self, name)}: give a positive number of seconds, at most 3600")
-
-
-def free_memory_bytes() -> int:
-    """Bytes this process may still take: the machine's free memory, or less where a cgroup limits us."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return free

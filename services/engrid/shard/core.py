@@ -37,8 +37,8 @@ from engrid.rpc.errors import (
 from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push, Together
 
 MOST_PIN_SECONDS = 600.0
-MAX_PINNED = 16_384
-"""Names of tables in all pins together, and readers: a pin is kept until its time is over, whoever sent it."""
+MAX_READERS, MAX_PINNED = 1024, 16_384
+"""Pins, and names of tables in all of them together: a pin is kept until its time is over, whoever sent it."""
 MAX_NAME_BYTES = 512
 """Bytes of a name that a client gives and a shard keeps."""
 
@@ -137,10 +137,10 @@ class ShardCore:
         wanted = frozenset(tables)
         others = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
         held = sum(len(names) for names, _ in others.values())
-        if seconds and (len(others) >= MAX_PINNED or held + len(wanted) > MAX_PINNED):
+        if seconds and (len(others) >= MAX_READERS or held + len(wanted) > MAX_PINNED):
             raise ShardUnavailableError(
-                f"shard {self.shard} holds pins of {held} tables by {len(others)} readers, and {len(wanted)} more would pass "
-                f"its limit of {MAX_PINNED}; try again once other readers have let go"
+                f"shard {self.shard} holds pins of {held} tables by {len(others)} readers, and one of {len(wanted)} more would "
+                f"pass its limits of {MAX_PINNED} and {MAX_READERS}; try again once other readers have let go"
             )
         self._pins = others
         if seconds:

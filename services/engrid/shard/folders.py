@@ -47,14 +47,14 @@ class CheckpointFolders:
         Raises BadRequestError, naming the shard and what it was given, where it lies elsewhere.
         """
         path = self._real(folder)
-        if not path.is_dir():
-            raise BadRequestError(f"shard {self._shard} finds no folder {folder}")
         for each in (path, self._real(str(path / within))):
             if not self._is_given(each):
                 given = ", ".join(map(str, self._given)) or "none"
                 raise BadRequestError(
                     f"shard {self._shard} was not given {each} (but {given}); start it with --checkpoints {path}"
                 )
+        if not path.is_dir():
+            raise BadRequestError(f"shard {self._shard} finds no folder {folder}")
         return LocalDisk(path)
 
     def _real(self, folder: str) -> Path:

@@ -33,9 +33,10 @@ from . import loading, requests
 from .applying import Applying
 from .bases import Bases
 from .checkpointing import Checkpointing
-from .config import ShardConfig, free_memory_bytes
+from .config import MEMORY_SHARE, ShardConfig
 from .gate import LONGEST_WAIT, Gate
 from .journal import Journal, Logged, Taken
+from .memory import memory
 from .messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
 from .records import PushPart
 from .rows import AnyPartition, SealedPartition, TableRows, refuse_empty
@@ -43,7 +44,6 @@ from .sealed import SealedRows
 from .state_folder import StateFolder
 
 EXPORT_CHUNK_BYTES = 1 << 20
-MEMORY_SHARE = 0.8
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ShardService:
     def __init__(self, config: ShardConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * free_memory_bytes())
+        self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * memory().free)
         self._folder = StateFolder(config.state, config.name) if config.state else None
         try:
             self.journal = Journal(config.name, self._folder.disk if self._folder else None)

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from engrid.directory import Placement
-from engrid.rpc.calls import Check, at_most, deadline_of
+from engrid.rpc.calls import SMALL_REQUEST_BYTES, Check, at_most, deadline_of
 from engrid.rpc.channel import MAX_MESSAGE_BYTES
 from engrid.rpc.errors import BadRequestError, ShardUnavailableError
 from engrid.rpc.pools import Pool
@@ -25,13 +25,14 @@ from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
 
 from .config import ShardConfig
+from .core import MAX_NAME_BYTES
 from .handover import Handover
 from .messages import PartitionKey
 from .service import ShardService
 from .stream import LookupStream
 
-PARTS_FIELD, MAX_PARTS = 6, 16_384
-"""Partitions in one push, each of which is an object before it is looked at."""
+MAX_PARTS = 16_384
+"""Partitions in one push, or tables in one request: each is an object before it is looked at."""
 MAX_PLACEMENT_BYTES = 8 << 20
 MOST_WAIT_SECONDS = 3600.0
 CONTROL_SECONDS = 2.0
@@ -40,15 +41,26 @@ IDLE_SECONDS = 1.0
 """A stream that has had nothing to answer for so long may be ended for a client that comes anew."""
 
 
-def _check_push(raw: bytes) -> None:
-    check_fields(raw, "push", {PARTS_FIELD: MAX_PARTS})
+def _fields(method: str, field: int, size: int = SMALL_REQUEST_BYTES) -> Check:
+    """Refuses requests of more bytes, or more than MAX_PARTS of this field."""
+    small_enough = at_most(size)
+
+    def check(raw: bytes) -> None:
+        small_enough(raw)
+        check_fields(raw, method, {field: MAX_PARTS})
+
+    return check
 
 
 CHECKS: Mapping[str, Check] = {
     "Lookup": at_most(MAX_MESSAGE_BYTES),  # each is judged on its own, so that one refusal ends no stream
-    "Push": _check_push,
+    "Push": _fields("push", pb.PushRequest.PARTITIONS_FIELD_NUMBER, MAX_MESSAGE_BYTES),
     "Load": at_most(MAX_MESSAGE_BYTES),
     "Adopt": at_most(MAX_PLACEMENT_BYTES, "the placement"),
+    "BeginRun": _fields("begin of a run", pb.BeginRunRequest.TABLES_FIELD_NUMBER),
+    "Pin": _fields("pin", pb.PinRequest.TABLES_FIELD_NUMBER),
+    "Checkpoint": _fields("checkpoint", pb.CheckpointRequest.TABLES_FIELD_NUMBER),
+    "Restore": _fields("restore", pb.RestoreRequest.TABLES_FIELD_NUMBER),
 }
 """Of messages before they are parsed."""
 PATIENT = frozenset({"Lookup"})
@@ -167,6 +179,8 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         first = next(request_iterator, None)
         if first is None:
             raise BadRequestError("load: the stream held no chunk")
+        if len(first.run.encode()) > MAX_NAME_BYTES:
+            raise BadRequestError(f"a run's name of {len(first.run.encode())} bytes: give at most {MAX_NAME_BYTES}")
         with self._only_load(first):
             chunks = itertools.chain([first], request_iterator)
             return pb.LoadReply(rows=self._service.load(chunks, deadline=deadline_of(context)))
