@@ -19,6 +19,8 @@ FP8_ROW_BYTES = FP8_VALUES + FP8_SCALES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of runs, of live tables and of versions; they are also parts of file names."""
+MAX_NAME = 200
+"""Characters of a table's name, which a file's, of 255 bytes at most, has to hold with more."""
 _STATE_FLOATS_PER_VALUE: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 0, "adam": 2}
 _STATE_FLOATS_PER_ROW: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 1, "adam": 0}
 
@@ -147,6 +149,8 @@ class TableSpec:
                 f"name is {self.name!r}; give letters, digits, '.', '_' and '-', not starting with a sign, and for a "
                 "sealed table '@' and its version"
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"name has {len(self.name)} characters; give at most {MAX_NAME}")
         if version and self.optimizer is not None:
             raise ValueError(f"table {self.name} is sealed, so it takes no optimizer; give None")
 

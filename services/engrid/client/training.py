@@ -32,7 +32,7 @@ from engrid.rpc.errors import (
     from_rpc,
 )
 from engrid.rpc.frames import Floats, Ids, floats_to_bytes, ids_to_bytes
-from engrid.tables import TableSpec, sum_duplicates
+from engrid.tables import TableSpec, check_learning_rate, sum_duplicates
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
 
@@ -90,6 +90,7 @@ class TrainingRun:
         it took already it takes for a duplicate. Where that is not enough (UnavailableError), call again with the same
         gradients: whatever the shards have of the step by then, it is applied once.
         """
+        _check_rate(learning_rate)
         summed = {table: self._checked(table, gradients.get(table)) for table in self._tables}
         placement = self._client.placement
         hold = hold and len(self._shards()) > 1  # one shard takes a push whole or not at all
@@ -254,6 +255,13 @@ def _worst(errors: Sequence[EngridError]) -> EngridError:
     """The error to raise of several: a refusal says more than an outage."""
     refusals: list[EngridError] = [error for error in errors if isinstance(error, RequestError)]
     return (refusals or list(errors))[0]
+
+
+def _check_rate(learning_rate: float) -> None:
+    try:
+        check_learning_rate(learning_rate)
+    except ValueError as error:
+        raise BadRequestError(f"{error}; nothing was sent") from error
 
 
 def _check_arrays(spec: TableSpec, ids: Ids, values: Floats) -> None:

@@ -3,7 +3,8 @@
 A GrpcTransport keeps two streams to its shard, one for small and one for bulk requests, so that a token does
 not wait behind a prefill. Each stream has one thread that reads replies and puts rows where they belong; the
 caller's thread only waits. A stream that breaks fails what is in flight on it, and the next request opens
-another: nothing is sent twice behind the caller's back.
+another: nothing is sent twice behind the caller's back, but for what crossed the end of a stream that the shard took
+back because it had been idle.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class GrpcTransport:
                 tables, number=number, epoch=epoch, timeout_us=timeout_us, step=wanted.step, run=wanted.run
             )
 
-        self._stream(bulk=sum(call.sizes) > BULK_BYTES).send(encode, call)
+        bulk = sum(call.sizes) > BULK_BYTES
+        call.send_again = lambda: self._stream(bulk=bulk).send(encode, call)
+        self._stream(bulk=bulk).send(encode, call)
         return call
 
     def _stream(self, *, bulk: bool) -> _Stream:
@@ -131,6 +134,8 @@ class _GrpcCall:
         self.step = 0
         self.stream: _Stream | None = None
         """Where it is under way."""
+        self.send_again: Callable[[], None] | None = None
+        """Sends it over another stream; None: it was sent again already."""
         self._deliver = deliver
         self._delivered = False
         self._error: EngridError | None = None
@@ -188,7 +193,12 @@ class _Stream:
 
     def __init__(self, channel: grpc.Channel, peer: str, max_in_flight: int) -> None:
         self.broken = False
+        self._error: EngridError = ShardUnavailableError(f"{peer}: the connection was lost before the request was sent")
+        """Why it is broken."""
+        self._taken_back = False
+        """The shard ended it, as it needed the room and saw nothing to answer on it."""
         self._peer = peer
+        self._closing = False
         self._numbers = itertools.count(1)
         self._calls: dict[int, _GrpcCall] = {}
         self._max_in_flight = max_in_flight
@@ -211,7 +221,7 @@ class _Stream:
                 self._calls[number] = call
                 call.stream = self
         if broken:
-            call.fail(ShardUnavailableError(f"{self._peer}: the connection was lost before the request was sent"))
+            self._fail(call)
         else:
             self._outgoing.put(encode(number))
 
@@ -244,16 +254,28 @@ class _Stream:
             error = from_rpc(rpc_error, self._peer)
             if isinstance(error, CancelledError):
                 error = ShardUnavailableError(f"{self._peer}: the connection was closed")
+                self._taken_back = not self._closing
         except BadRequestError as damage:
             self._replies.cancel()
             error = ShardUnavailableError(f"{self._peer}: {damage}; the connection was closed")
         with self._lock:
-            self.broken = True
+            self.broken, self._error = True, error
             left, self._calls = list(self._calls.values()), {}
             self._room.notify_all()
         for call in left:
-            call.fail(error)
+            self._fail(call)
         self._outgoing.put(None)
+
+    def _fail(self, call: _GrpcCall) -> None:
+        """Lets the call know why, or sends it again where it only crossed the end of a stream that was idle."""
+        send_again, call.send_again = call.send_again, None
+        if not self._taken_back or send_again is None:
+            call.fail(self._error)
+            return
+        try:
+            send_again()
+        except EngridError as error:
+            call.fail(error)
 
     def _deliver_all(self, replies: Iterator[bytes]) -> None:
         for raw in replies:
@@ -263,5 +285,6 @@ class _Stream:
                 call.finish(reply)
 
     def close(self) -> None:
+        self._closing = True
         self._outgoing.put(None)
         self._replies.cancel()
