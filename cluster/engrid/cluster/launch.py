@@ -6,6 +6,7 @@ of it, and stops exactly that. Whoever changes a run directory holds its lock.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,19 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-import grpc
-
 from engrid.client import MemoryClient
 from engrid.client.admin import spread_placement
 from engrid.directory import CorruptDirectoryError, ShardRecord, masked, open_directory
-from engrid.rpc.channel import command_channel
-from engrid.rpc.server import check_health
 
 from .capacity import memory_here, memory_joined
 from .config import ClusterConfig, ClusterError, Record
 from .ray_calls import RayCalls, connected
 from .ray_head import free_port, new_temp, ray_environment, start_head, wait_for_head
 from .run_lock import changing
+from .status import answers
 from .stop import stop_record
 
 HEALTH_SECONDS = 1.0
@@ -42,9 +40,7 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
         if kept is not None:
             _check_kept(config, kept)
         registered = check_directory_free(config.directory)
-        record = (
-            replace(kept, kept=False) if kept else Record(identity=uuid.uuid4().hex[:8], directory=config.directory)
-        )
+        record = replace(kept, kept=False) if kept else _new_record(config)
         deadline = time.monotonic() + config.timeout
         try:
             record = (_join_ray if config.address else _start_ray)(config, record, say, deadline)
@@ -56,6 +52,14 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
         except BaseException:
             stop_record(config.run_dir, keep_rows=kept is not None)
             raise
+
+
+def _new_record(config: ClusterConfig) -> Record:
+    return Record(
+        identity=uuid.uuid4().hex[:8],
+        directory=config.directory,
+        run_dir=os.path.abspath(config.run_dir),  # noqa: PTH100 - keeps links
+    )
 
 
 def _check_kept(config: ClusterConfig, kept: Record) -> None:
@@ -182,12 +186,3 @@ def _announce(record: Record) -> None:
     with MemoryClient(record.directory) as client:
         if client.connections.epoch:
             spread_placement(client)
-
-
-def answers(address: str, *, timeout: float) -> bool:
-    """Whether the process at host:port says it serves, within `timeout` seconds."""
-    with command_channel(address) as channel:
-        try:
-            return check_health(channel, timeout=timeout)
-        except grpc.RpcError:
-            return False
