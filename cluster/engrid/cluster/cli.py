@@ -68,13 +68,23 @@ def told() -> Iterator[None]:
     try:
         yield
     except (EngridError, DirectoryError, ClusterError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {words_of(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except BaseException as error:
         if not interrupts.pressed():
             raise
         errors.print("stopped", style="yellow")
         raise typer.Exit(interrupts.INTERRUPTED) from error
+
+
+def words_of(error: Exception) -> str:
+    """What the error says; of a working folder that was removed the system names nothing."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return "the working folder is gone; go to one that is there, or give absolute paths"
+    return str(error)
 
 
 def command(words: str, run_dir: Path | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engrid.directory import folder_source, is_address, masked, redis_url
+from engrid.directory import expand_home, folder_source, is_address, masked, redis_url
 
 MEMORY_RESOURCE = "engrid_memory"
 """Ray resource: MiB a node gives to tables (whole numbers, as Ray wants them)."""
@@ -23,11 +23,9 @@ def default_run_dir() -> Path:
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():  # the specification has a relative one passed over
         try:
-            state = Path.home() / ".local" / "state"
-        except RuntimeError:
-            state = Path()
-    if not state.is_absolute():
-        raise ClusterError("this user has no home folder; give --run-dir, or set HOME or XDG_STATE_HOME")
+            state = expand_home(Path("~/.local/state"))
+        except ValueError as error:
+            raise ClusterError(f"{error}; give --run-dir, or set HOME or XDG_STATE_HOME") from error
     return state / "engrid"
 
 
