@@ -19,6 +19,7 @@ from engrid.worker.saved_model import FOLDER
 
 from .config import ClusterConfig, Record
 from .demo_report import draw_curves, result_table, trace_table
+from .extras import require
 from .generate import Worker, open_model, stream
 from .launch import up
 from .stop import down
@@ -55,6 +56,7 @@ def run_demo(config: ClusterConfig, out: Path, *, steps: int | None, seed: int, 
 
     Writes demo.json, curves.png and the checkpoint below `out`. Whatever ends it, Ctrl-C too, the cluster is stopped.
     """
+    require("ray", "torch", "tokenizers", "safetensors", "matplotlib")
     started = time.monotonic()
     shutil.rmtree(out / FOLDER, ignore_errors=True)  # of an earlier demo
     training = TrainConfig(

@@ -20,6 +20,7 @@ from engrid.directory import CorruptDirectoryError, ShardRecord, masked, open_di
 
 from .capacity import memory_here, memory_joined
 from .config import ClusterConfig, ClusterError, Record
+from .extras import require
 from .ray_calls import RayCalls, connected
 from .ray_head import free_port, new_temp, ray_environment, start_head, wait_for_head
 from .run_lock import changing
@@ -35,6 +36,7 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
 
     Raises ClusterError naming the part that failed, after stopping what was started.
     """
+    require("ray", *(["torch", "tokenizers", "safetensors"] if config.workers and not config.address else []))
     with changing(config.run_dir, "engrid up"):
         kept = Record.load(config.run_dir)
         if kept is not None:
