@@ -64,12 +64,14 @@ def run_demo(config: ClusterConfig, out: Path, *, steps: int | None, seed: int, 
     """
     require("ray", "torch", "tokenizers", "safetensors", "matplotlib")
     started = time.monotonic()
-    shutil.rmtree(out / FOLDER, ignore_errors=True)  # of an earlier demo
     training = TrainConfig(
         run="demo", out=str(out), steps=steps or STEPS, seed=seed, model=replace(demo_model(), seed=seed)
     )
     with console.status("starting the cluster") as status:
         record = up(config, status.update)
+    shutil.rmtree(
+        out / FOLDER, ignore_errors=True
+    )  # of an earlier demo, which has ended: this one holds the run directory
     try:
         console.print(
             f"{len(record.shards)} memory shards and {len(record.workers)} compute worker(s) are up; "

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from engrid.client import MemoryClient
 from engrid.client.admin import spread_placement
-from engrid.directory import CorruptDirectoryError, ShardRecord, masked, open_directory
+from engrid.directory import CorruptDirectoryError, FolderSource, ShardRecord, masked, open_directory, read_source
 
 from .capacity import memory_here, memory_joined
 from .config import ClusterConfig, ClusterError, Record
@@ -70,11 +70,16 @@ def _check_kept(config: ClusterConfig, kept: Record) -> None:
         raise ClusterError(
             f"a cluster is up in {config.run_dir} already; stop it with: engrid down --run-dir {config.run_dir}"
         )
-    if config.shards < len(kept.shards) or config.directory != kept.directory:
+    if config.shards < len(kept.shards) or _place(config.directory) != _place(kept.directory):
         raise ClusterError(
             f"{config.run_dir} keeps the rows of {len(kept.shards)} shards and directory {masked(kept.directory)}; give as "
             f"many --shards and that directory, or discard them with: engrid down --run-dir {config.run_dir}"
         )
+
+
+def _place(directory: str) -> str:
+    found = read_source(directory)
+    return os.path.realpath(found.path) if isinstance(found, FolderSource) else directory
 
 
 def check_directory_free(source: str) -> Mapping[str, ShardRecord] | None:

@@ -76,6 +76,7 @@ Redis = Annotated[
     typer.Option(
         help="Directory for several hosts: redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME].",
         parser=read_redis,
+        envvar="ENGRID_REDIS",  # other users see a command line, and so a password in it
         metavar="URL",
     ),
 ]

@@ -41,6 +41,7 @@ __all__ = [
     "DirectoryUnavailableError",
     "EpochConflictError",
     "FileDirectory",
+    "FolderSource",
     "OtherHostError",
     "Partition",
     "Placement",

@@ -43,9 +43,11 @@ class ShardSource:
 
 
 def read_source(source: str | os.PathLike[str]) -> FolderSource | RedisSource | ShardSource:
-    """Raises ValueError, naming the forms, for what is none of them or two at once."""
+    """Raises ValueError, naming the forms, for what is none of them or might be two; TypeError for what is no text or path."""
+    if isinstance(source, os.PathLike):
+        return FolderSource(_folder(os.fsdecode(source), source))
     if not isinstance(source, str):
-        return FolderSource(_folder(os.fspath(source), source))
+        raise TypeError(f"{source!r} is no directory: give a path object or text, not {type(source).__name__}")
     if source.startswith(REDIS_SCHEMES):
         return RedisSource(check_redis(source))
     if source.startswith("file:"):
