@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ClusterError
+from .extras import with_extra
 
 CONNECT_SECONDS = 30.0
 """From when Ray is imported until it has connected; ours takes 2 to 5 on two busy cores."""
@@ -43,7 +44,7 @@ class RayCalls:
         line = self._line(time.monotonic() + seconds, what, seconds)
         answer = json.loads(line)
         if "error" in answer:
-            raise ClusterError(answer["error"])
+            raise ClusterError(with_extra(answer["error"]))
         return answer["done"]
 
     def close(self) -> None:
