@@ -37,6 +37,7 @@ def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
 
+
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_LIMITS,
     # A client must find a restarted shard within a second, not after gRPC's default of up to two minutes.
