@@ -78,7 +78,7 @@ def cluster_up(run_dir, *options):
 def tiny_training(folder: Path) -> Path:
     """A TrainConfig of a second or two, as a file for `engrid train --config`."""
     from engrid.worker.config import TrainConfig, demo_model
-    from engrid.worker.corpus import standard_library
+    from engrid.worker.text import standard_library
 
     values = TrainConfig(run="tiny", out=str(folder), steps=3, batch=2, length=32, evaluations=1).to_json()
     engram = {**demo_model().to_json()["engram"], "vocab_size": [500, 700], "heads": 2, "row_width": 8}

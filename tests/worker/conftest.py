@@ -76,7 +76,7 @@ def copy_of(folder, to):
 
 
 def corpus_of(config):
-    return prepare(Path(config.out), vocab_size=VOCABULARY, root=Path(config.text))
+    return prepare(Path(config.out), vocab_size=VOCABULARY, roots=list(map(Path, config.text)))
 
 
 def tiny_model(**changes):
@@ -87,7 +87,7 @@ def tiny_model(**changes):
 def tiny_config(out, **changes):
     """Eight steps of a tiny model."""
     base = {"run": "demo", "model": tiny_model(), "steps": 8, "batch": 4, "length": 24, "warmup": 2, "evaluations": 1}
-    return TrainConfig(**{"out": str(out), "text": str(Path(out) / "text"), **base, **changes})
+    return TrainConfig(**{"out": str(out), "text": (str(Path(out) / "text"),), "replace": True, **base, **changes})
 
 
 def finish(config, place=None, folder=None):
@@ -263,5 +263,7 @@ def load(worker, checkpoint):
     return worker.LoadModel(pb.LoadModelRequest(checkpoint=str(checkpoint)), timeout=30)
 
 
-def ask(worker, prompt="# ", tokens=3):
-    return list(worker.Generate(pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens), timeout=30))
+def ask(worker, prompt="# ", tokens=3, model=None):
+    """model: as LoadModel named it; None: the one used last."""
+    model = model or (describe(worker).models or [""])[-1]
+    return list(worker.Generate(pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens, model=model), timeout=30))

@@ -230,9 +230,11 @@ def train(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to load, or the folder of a run's.")] = Path(
-        "engrid-run/checkpoint"
-    ),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to load, or the folder of a run's.", show_default="engrid-run/checkpoint"),
+    ] = None,
+    run: Annotated[str, typer.Option(help="Load the published version of this run instead.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="At most this many; 0 fills the context.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -244,8 +246,11 @@ def generate(
     from .generate import open_model, stream
 
     with told():
+        if run and checkpoint is not None:
+            raise ValueError("give --run (what is published) or --checkpoint (that one), not both")
+        chosen = None if run else (checkpoint or Path("engrid-run/checkpoint")).expanduser().resolve()
         record = require_cluster(where(run_dir))
-        with open_model(record, checkpoint.resolve()) as worker:
+        with open_model(record, chosen, run) as worker:
             console.print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
             totals = stream(
                 worker,
@@ -261,7 +266,8 @@ def generate(
             console.print(
                 f"{totals.new_tokens} tokens, {rate:.1f} a second; {totals.rows_fetched} rows "
                 f"({totals.bytes_fetched} bytes) fetched, {totals.rows_here} found on this host, {1e3 * totals.exposed_wait:.1f} ms waited for them"
-                + (f"; {totals.accepted_tokens} of {totals.drafted_tokens} drafted tokens accepted" if draft else ""),
+                + (f"; {totals.accepted_tokens} of {totals.drafted_tokens} drafted tokens accepted" if draft else "")
+                + f"; model {worker.model}",
                 style="dim",
                 highlight=False,
             )
@@ -270,13 +276,16 @@ def generate(
 @app.command()
 def publish(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run's: its newest.")],
+    run: Annotated[
+        str | None, typer.Option(help="Name to publish it under.", show_default="that of the checkpoint's run")
+    ] = None,
     run_dir: RunDir = None,
 ) -> None:
     """Make a checkpoint the version of its run that new readers get; who reads another one keeps it."""
     with told():
         from .versions import publish as publish_checkpoint
 
-        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint)
+        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint.expanduser(), run)
         console.print(f"version {version} of run {run} is current", highlight=False)
         if dropped:
             console.print(f"dropped {', '.join(dropped)}", style="dim", highlight=False)

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.config import Memory, TrainConfig, demo_model
-from engrid.worker.corpus import standard_library
 from engrid.worker.saved_model import FOLDER
+from engrid.worker.text import standard_library
 
 from .config import ClusterConfig, Record
 from .demo_report import draw_curves, result_table, trace_table

@@ -124,7 +124,7 @@ class CheckpointSave:
         request = pb.SettleCheckpointRequest(partial=self.partial, published=published)
         for transport in self._transports:
             # Who does not hear of it saves more the next time.
-            with suppress(grpc.RpcError):
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from engrid.model.speculative import Drafts
 
 from .dense import load_model
 from .remote_rows import RemoteRows
-from .saved_model import open_checkpoint
+from .saved_model import SavedModel
 from .sealed_tables import serve_tables
 
 
@@ -106,13 +105,12 @@ class _TimedPending:
 class Engine:
     """A checkpoint's model. Generations share it, one at a time per thread."""
 
-    def __init__(self, checkpoint: Path, client: MemoryClient | None, device: str) -> None:
+    def __init__(self, saved: SavedModel, client: MemoryClient | None, device: str) -> None:
         """Loads the dense weights, and the rows into sealed tables of the shards unless they hold them already.
 
-        client: None for a model without an Engram. Raises CheckpointError where the folder holds none.
+        client: None for a model without an Engram. Raises CheckpointError where a file is missing or damaged.
         """
-        self.saved = open_checkpoint(checkpoint)
-        self.checkpoint = str(checkpoint)
+        self.saved = saved
         self.model, self.tokenizer = load_model(self.saved, device)
         self._client, self._device = client, device
         self._canonical = CanonicalVocabulary(self.tokenizer)
