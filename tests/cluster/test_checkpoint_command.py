@@ -31,7 +31,7 @@ def push(run, step):
 
 def engrid(*arguments):
     command = [sys.executable, "-m", "engrid.cluster.cli", "checkpoint", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=WIDE)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False, env=WIDE)
 
 
 def test_saved_listed_verified_and_restored(trained, tmp_path):

@@ -60,7 +60,7 @@ def make_out(folder):
     """A run's folder with its text beside: thirty files, mostly of characters that take several tokens each."""
     (folder / "text").mkdir(parents=True)
     for index in range(30):
-        (folder / "text" / f"f{index}.py").write_text(f"# {index}\n" + LINE * 6 + CODE * (index % 3))
+        (folder / "text" / f"f{index}.py").write_text(f"# {index}\n" + LINE * 6 + CODE * (index % 3), encoding="utf-8")
     return folder
 
 
@@ -224,7 +224,7 @@ def worker_process(folder, name="w1"):
     """A worker in its own process; yields (process, a function that waits until it serves and returns its address)."""
     script = f"import sys; sys.path[:] = {sys.path!r}; arguments = {[name, f'file:{folder}']!r}\n{WORKER}"
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, encoding="utf-8")
     try:
         yield process, lambda: process.stdout.readline().strip()
     finally:

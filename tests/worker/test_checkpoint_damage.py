@@ -79,19 +79,19 @@ MANIFEST_BYTES = [
 def test_one_damaged_byte_of_the_manifest_is_found(checkpoint, store, before, after):
     """No other file tells: another seed of the hash, say, reads rows that mean nothing."""
     path = checkpoint / "manifest.json"
-    contents = path.read_text()
+    contents = path.read_text(encoding="utf-8")
     damaged = re.sub(before, after, contents, count=1, flags=re.DOTALL)
     assert sum(ours != theirs for ours, theirs in zip(contents, damaged, strict=True)) == 1
-    path.write_text(damaged)
+    path.write_text(damaged, encoding="utf-8")
     assert_refused(checkpoint, store, "manifest.json")
 
 
 def change(checkpoint, **changes):
     """Another manifest with a digest that is right: what a bug would write, and no accident."""
     path = checkpoint / "manifest.json"
-    values = json.loads(path.read_text()) | changes
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
     del values["digest"]
-    path.write_text(json.dumps(values | {"digest": storage_manifest._digest(values)}))
+    path.write_text(json.dumps(values | {"digest": storage_manifest._digest(values)}), encoding="utf-8")
 
 
 def test_folder_without_a_manifest_is_no_checkpoint(checkpoint, store, tmp_path):
@@ -121,7 +121,7 @@ def test_file_that_is_no_manifest_is_refused(checkpoint, store, contents):
 
 
 def change_model(checkpoint, **changes):
-    about = json.loads((checkpoint / "manifest.json").read_text())["about"]
+    about = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["about"]
     change(checkpoint, about={**about, "model": {**about["model"], **changes}})
 
 
@@ -138,7 +138,7 @@ def test_weights_of_another_shape_are_refused_naming_them(checkpoint, store):
 
 
 def test_manifest_whose_partitions_leave_rows_out_is_refused(checkpoint, store):
-    partitions = json.loads((checkpoint / "manifest.json").read_text())["partitions"]
+    partitions = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["partitions"]
     change(
         checkpoint, partitions=[part for part in partitions if (part["table"], part["index"]) != ("demo.engram.1", 0)]
     )

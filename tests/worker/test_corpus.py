@@ -352,7 +352,9 @@ def test_concurrent_makers_make_one_corpus_that_is_whole(root, tmp_path):
     out, pipe = tmp_path / "out", subprocess.PIPE
     arguments = [str(out), str(root)]
     script = f"import sys; sys.path[:] = {sys.path!r}; arguments = {arguments!r}\n{MAKER}"
-    makers = [subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True) for _ in range(4)]
+    makers = [
+        subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, encoding="utf-8") for _ in range(4)
+    ]
     try:
         for maker in makers:
             assert maker.stdout.readline() == "ready\n"

@@ -44,7 +44,7 @@ def test_training_reports_every_step_and_the_model_can_be_loaded(worker, store, 
     assert any("checkpoint" in each.phase for each in progress)
     result = json.loads(progress[-1].result)
     assert [each.loss for each in steps] == result["losses"]
-    assert json.loads((out / "result.json").read_text())["losses"] == result["losses"]
+    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["losses"] == result["losses"]
     assert not any(each.result for each in progress[:-1])
     assert load(worker, result["checkpoint"]).step == 8
     assert ask(worker)[-1].totals.new_tokens == 3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,9 @@ RunDir = Annotated[
 def main() -> None:
     """Runs the CLI; SIGTERM ends it as Ctrl-C does, so that what it started is stopped."""
     interrupts.handle()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is shown as its number
     try:
         app()
     finally:
@@ -243,9 +248,10 @@ def generate(
 ) -> None:
     """Continue a prompt on a compute worker, rows fetched from the shards."""
     from .config import require_cluster
-    from .generate import open_model, stream
+    from .generate import argument_text, open_model, stream
 
     with told():
+        prompt = argument_text(prompt)
         if run and checkpoint is not None:
             raise ValueError("give --run (what is published) or --checkpoint (that one), not both")
         chosen = None if run else (checkpoint or Path("engrid-run/checkpoint")).expanduser().resolve()

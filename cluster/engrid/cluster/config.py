@@ -92,7 +92,7 @@ class Record:
         """By temp file and rename."""
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = self.path(run_dir).with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         temporary.replace(self.path(run_dir))
 
     @classmethod
@@ -102,7 +102,7 @@ class Record:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is no record of a cluster ({error}); stop its processes by hand and remove it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,21 @@ class Worker:
     def model(self) -> str:
         """Names the model in requests."""
         return str(self.loaded.model)
+
+
+def argument_text(argument: str) -> str:
+    """Text of the command line. A byte that the locale's encoding lacks is UTF-8, as on any terminal of today.
+
+    Raises ValueError where it is not.
+    """
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the text is neither in the encoding of the locale nor in UTF-8: {error}") from error
+    return argument
 
 
 @contextmanager

@@ -66,8 +66,8 @@ def start_head(temp: str, port: int, *, memory_mib: int, workers: int) -> int:
     ]
     token = Path(temp, TOKEN_FILE)
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    with Path(temp, "head.log").open("w") as log:
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    with Path(temp, "head.log").open("w", encoding="utf-8") as log:
         head = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -95,7 +95,7 @@ def wait_for_head(temp: str, pid: int, port: int, deadline: float) -> None:
 def log_tail(temp: str) -> str:
     """The last lines of the head's log."""
     log = Path(temp, "head.log")
-    return " ".join(log.read_text().split()[-60:]) if log.exists() else "(no log)"
+    return " ".join(log.read_text(encoding="utf-8", errors="replace").split()[-60:]) if log.exists() else "(no log)"
 
 
 def stop_head(pid: int | None, temp: str) -> None:

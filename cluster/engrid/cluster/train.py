@@ -36,7 +36,7 @@ def read_config(
     None: not given. Raises CheckpointError where there is none to go on from.
     """
     if path:
-        values = {"run": "default", **json.loads(path.read_text())}
+        values = {"run": "default", **json.loads(path.read_text(encoding="utf-8"))}
     elif resume:
         values = dict(open_checkpoint(Path(out) / FOLDER).manifest.about["config"])
     else:
