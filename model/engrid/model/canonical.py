@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers
 
 DEAD = -1
 """Canonical id of a negative raw id (an image token): no n-gram spans it."""
@@ -66,8 +67,8 @@ class CanonicalVocabulary:
 def tokenizer_of(text: str, name: str) -> Tokenizer:
     """The tokenizer that a tokenizer.json holds, for whole texts.
 
-    What the file says of truncation and padding is left aside: every token of a text counts, and no other. name: of the
-    file, for messages. Raises ValueError where it is no tokenizer, or has ids that cannot be hashed.
+    What the file says of truncation, padding and dropout (merges left out by chance) is left aside: every token of a text
+    counts, no other, and always the same. name: of the file, for messages. Raises ValueError where it is no tokenizer, or has ids that cannot be hashed.
     """
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -75,6 +76,15 @@ def tokenizer_of(text: str, name: str) -> Tokenizer:
         raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+    # The library gives added tokens the ids that come next, whatever ids the file says they have.
+    for added in json.loads(text)["added_tokens"] or ():
+        if (given := tokenizer.token_to_id(added["content"])) != added["id"]:
+            raise ValueError(
+                f"{name} gives added token {added['content']!r} the id {added['id']}, but the next id of its vocabulary is "
+                f"{given}; the ids must be 0, 1, 2, ... without a hole"
+            )
     check_ids(tokenizer, name)
     return tokenizer
 

@@ -69,8 +69,11 @@ def load_model(saved: SavedModel, device: str) -> tuple[Transformer, Tokenizer]:
 
 def _load_tokenizer(saved: SavedModel) -> Tokenizer:
     name = f"{saved.manifest.name}/{TOKENIZER}"
+    content = saved.read_file(TOKENIZER)
     try:
-        tokenizer = tokenizer_of(saved.read_file(TOKENIZER).decode(), name)
+        tokenizer = tokenizer_of(content.decode(), name)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is no UTF-8: {error}") from error
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if (size := tokenizer.get_vocab_size(with_added_tokens=True)) != saved.model.vocab_size:

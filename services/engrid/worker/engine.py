@@ -20,6 +20,7 @@ from engrid.model.hashing import NgramHasher
 from engrid.model.lookup import Lookup
 from engrid.model.rows import PendingRows, RowSource
 from engrid.model.speculative import Drafts
+from engrid.storage.errors import CheckpointError
 
 from .dense import load_model
 from .remote_rows import RemoteRows
@@ -119,10 +120,11 @@ class Engine:
         spec = self.saved.model.engram
         if spec is not None:
             assert client is not None
+            self._hasher = NgramHasher.over(spec, self._canonical)
+            check_tables(self.saved, self._hasher)
             pin = serve_tables(self.saved, client)
             weakref.finalize(self, pin.release).atexit = False
             self._tables = dict(zip(self.saved.tables, pin.tables, strict=True))
-            self._hasher = NgramHasher.over(spec, self._canonical)
             self._warm_up(self._hasher)
 
     def generate(
@@ -220,3 +222,14 @@ class Engine:
                 yield Trace(
                     self.tokenizer.decode([token], skip_special_tokens=False), layer, ngrams, gate[0, at].tolist()
                 )
+
+
+def check_tables(saved: SavedModel, hasher: NgramHasher) -> None:
+    """Raises CheckpointError unless the checkpoint's tables are those that its model's Engram addresses."""
+    spec = hasher.spec
+    theirs = {layer: (of.rows, of.width, of.row_format) for layer, of in saved.tables.items()}
+    ours = {layer: (of.rows, spec.row_width, spec.row_format) for layer, of in hasher.layers.items()}
+    if theirs != ours or len(saved.specs) != len(theirs):
+        raise CheckpointError(
+            f"checkpoint {saved.manifest.name} holds tables {theirs} (rows, width and format by layer), its model reads {ours}"
+        )
