@@ -171,7 +171,7 @@ def test_a_tokenizer_of_another_size_is_refused(checkpoint, store):
     del values["model"]["vocab"][last]
     values["model"]["merges"] = values["model"]["merges"][:-1]
     rewrite(checkpoint, "tokenizer.json", json.dumps(values).encode())
-    with pytest.raises(CheckpointError, match="tokenizer.json has 299 ids, the model of its checkpoint 300"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has 299 ids, the model of its checkpoint 300"):
         load(checkpoint, store)
 
 

@@ -12,7 +12,7 @@ import pytest
 from engrid.client import ClientConfig, MemoryClient
 from engrid.client.checkpoints import CheckpointSave, live_states
 from engrid.client.training import TrainingRun
-from engrid.rpc.errors import EngridError, FencedError
+from engrid.rpc.errors import BadRequestError, EngridError, FencedError
 from engrid.shard.snapshot import PartitionSnapshot
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError, CheckpointMissingError
@@ -193,13 +193,13 @@ def test_a_run_does_not_take_the_live_tables_of_another_without_a_word(store, fo
     finish(config_of(other, steps=4), Place(identity="demo-1"), folder)
     spec = open_checkpoint(other / "checkpoint").tables[0]
     before = table_bytes(store, spec, step=4).copy()
-    refused = r"hold rows of demo-1 \(step 4\).*--run.*--replace"
-    with pytest.raises(ValueError, match=refused):
+    refused = r"hold rows of run demo-1 \(step 4\).*--run.*--replace"
+    with pytest.raises(BadRequestError, match=refused):
         finish(config_of(out, replace=False), Place(identity="demo-2"), folder)
     assert (table_bytes(store, spec, step=4) == before).all()
     with local_shards(out.parent / "elsewhere", 1):
         finish(config_of(out, steps=4), Place(identity="demo-2"), out.parent / "elsewhere")
-    with pytest.raises(ValueError, match=refused):
+    with pytest.raises(BadRequestError, match=refused):
         finish(config_of(out, replace=False, resume=True), folder=folder)
     assert (table_bytes(store, spec, step=4) == before).all()
     finish(config_of(other, replace=False, resume=True, steps=5), folder=folder)  # its own

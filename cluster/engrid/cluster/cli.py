@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from . import bench, checkpoints, interrupts
+from . import bench, checkpoints, interrupts, train_command
 
 app = typer.Typer(
     name="engrid",
@@ -169,67 +169,7 @@ def shard(
         )
 
 
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for corpus and checkpoint, seen by all workers.")] = Path(
-        "engrid-run"
-    ),
-    run: Annotated[
-        str | None, typer.Option(help="Name of the run; its tables carry it.", show_default="default")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps to train.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak, of the dense weights.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, rows and data order.")] = None,
-    memory: Annotated[str | None, typer.Option(help="remote, in_process, or off (no Engram).")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Folder of *.py files to train on.", show_default="Python's standard library")
-    ] = None,
-    staleness: Annotated[
-        int | None, typer.Option(help="Steps by which rows may lag; 0: synchronous, -1: any.", show_default="0")
-    ] = None,
-    durable: Annotated[
-        bool | None, typer.Option("--durable", help="Each step is on the shards' disks before the next.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps from one checkpoint to the next while training.", show_default="none")
-    ] = None,
-    full_every: Annotated[
-        int | None, typer.Option(help="Checkpoints from one of all rows to the next; between them: what changed.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay; 0: all.", show_default="3")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,  # noqa: FBT002
-    config: Annotated[Path | None, typer.Option(help="A TrainConfig as JSON; the options above win over it.")] = None,
-    run_dir: RunDir = None,
-) -> None:
-    """Train the demo model on all workers of the cluster."""
-    from .config import require_cluster
-    from .train import read_config, train_with_progress
-
-    with told():
-        given: dict[str, Any] = {
-            "steps": steps,
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "memory": memory,
-            "text": str(text.resolve()) if text else None,
-            "staleness": staleness,
-            "durable": durable,
-            "checkpoint_every": checkpoint_every,
-            "full_every": full_every,
-            "keep": keep,
-        }
-        training = read_config(config, out=str(out.resolve()), run=run, resume=resume, **given)
-        record = require_cluster(where(run_dir))
-        result = train_with_progress(record, training, console)
-        console.print(
-            f"validation loss {result['validation_loss']:.4f} after {result['steps']} steps, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, exposed wait {1e3 * result['exposed_wait']:.1f} ms a step",
-            highlight=False,
-        )
-        if "checkpoint" in result:
-            console.print(f"checkpoint in {result['checkpoint']}", highlight=False)
+app.command()(train_command.train)
 
 
 @app.command()

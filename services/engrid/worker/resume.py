@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engrid.client import MemoryClient
-from engrid.client.checkpoints import live_states, newest_attempt
+from engrid.client.checkpoints import newest_attempt
 from engrid.storage.checkpoint import MANIFEST, Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointError
@@ -74,24 +73,6 @@ def start_anew(config: TrainConfig, identity: str) -> Start:
             "or give another --out"
         )
     return Start(None, identity, 1)
-
-
-def check_live_tables(config: TrainConfig, names: Collection[str], identity: str, client: MemoryClient) -> None:
-    """Raises ValueError where tables of these names hold steps of another run, which would be lost."""
-    if config.replace:
-        return
-    others = {
-        state.run: state.step
-        for state in live_states(client)
-        if state.table in names and state.step and state.run != identity
-    }
-    if others:
-        theirs = ", ".join(f"{run or 'somebody'} (step {step})" for run, step in sorted(others.items()))
-        raise ValueError(
-            f"the live tables of run {config.run} hold rows of {theirs}, which a new run would replace; go on from that "
-            "run's checkpoint (--resume with its --out), save its rows (engrid checkpoint save), give this run another "
-            "name (--run), or give them up with --replace"
-        )
 
 
 def resume(config: TrainConfig, corpus: Corpus, rank: int, workers: int, client: MemoryClient | None) -> Start:

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from engrid.client import MemoryClient, create_tables
-from engrid.client.checkpoints import check_folder, restore_tables
+from engrid.client.checkpoints import check_folder, check_replaces, restore_tables
 from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import Memory
 from engrid.model.hashing import NgramHasher
@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .corpus import Corpus, prepare
 from .dense import load_dense
 from .remote_rows import RemoteRows
-from .resume import Start, about, check_live_tables, resume, start_anew
+from .resume import Start, about, resume, start_anew
 from .saved_model import FOLDER
 from .saving import Saver
 from .stopping import Stopping
@@ -254,7 +254,8 @@ class _Setup:
                     saved.checkpoints.restore(list(saved.chain), table)
             return InProcessTables(tables)
         if place.rank == 0:
-            check_live_tables(config, [spec.name for spec in self.specs.values()], self.start.identity, self.client)
+            if not config.replace:
+                check_replaces(self.client, [spec.name for spec in self.specs.values()], self.start.identity)
             if saved is not None:
                 restore_tables(self.client, Path(config.out) / FOLDER, saved.manifest, attempt=self.start.attempt)
             else:
