@@ -102,7 +102,7 @@ def _stand(states: Sequence[PartitionState], names: Sequence[str]) -> tuple[str,
 def restore(
     name: Annotated[str | None, typer.Argument(help="Of the checkpoint.", show_default="the newest")] = None,
     folder: Folder = DEFAULT_FOLDER,
-    replace: Annotated[
+    replace: Annotated[  # noqa: FBT002
         bool, typer.Option("--replace", help="Give up live tables that hold another run's steps.")
     ] = False,
     run_dir: RunDir = None,
