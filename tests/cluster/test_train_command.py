@@ -1,16 +1,20 @@
 """`engrid train` and `engrid generate` over a worker and shards that the test started itself, without Ray."""
 
+import dataclasses
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 
 import pytest
 
 from engrid.cluster.config import Record
+from engrid.cluster.generate import open_model, stream
+from engrid.cluster.versions import prune, publish, roll_back
+from engrid.model.generate import generate
+from engrid.rpc.errors import EngridError
+from engrid.worker.dense import load_model
 from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, start_engrid, succeeded
 from tests.shards import shard_process
@@ -121,10 +125,11 @@ def test_a_second_run_of_a_name_is_refused_until_it_may_replace_the_first(cluste
     succeeded(engrid("train", *second, "--replace"))
 
 
-def said_of(folder, *options):
-    """What `engrid generate` says, and the model that it names."""
-    done = succeeded(engrid("generate", "def add(", "--max-new-tokens", 8, "--run-dir", folder, *options))
-    return re.search(r"model (\S+)", done)[1]
+def model_of(folder, checkpoint=None, run=""):
+    """The model that `engrid generate` gets, which has generated with it."""
+    with open_model(Record.load(folder), checkpoint, run) as worker:
+        assert stream(worker, "def add(", lambda _: None, max_new_tokens=3).new_tokens == 3
+        return worker.model
 
 
 def test_what_is_published_and_taken_back_is_what_is_generated_with(cluster, tmp_path):
@@ -134,47 +139,73 @@ def test_what_is_published_and_taken_back_is_what_is_generated_with(cluster, tmp
         out = make_out(tmp_path / f"out-{seed}")
         finish(tiny_config(out, steps=2, seed=seed), folder=folder)
         models.append(open_checkpoint(out / "checkpoint").model_name)
-    refused = engrid("generate", "x", "--run", "demo", "--run-dir", folder)
-    assert refused.returncode == 1
-    assert "no version of run 'demo' is published; publish one (engrid publish)" in refused.stderr
+    with pytest.raises(EngridError, match="no version of run 'demo' is published; publish one"):
+        model_of(folder, run="demo")
     for seed in (1, 2):
         succeeded(engrid("publish", tmp_path / f"out-{seed}" / "checkpoint", "--run-dir", folder))
-        assert said_of(folder, "--run", "demo") == models[seed - 1]
-    assert said_of(folder, "--checkpoint", tmp_path / "out-1" / "checkpoint") == models[0]
-    assert said_of(folder, "--run", "demo") == models[1]
+        assert model_of(folder, run="demo") == models[seed - 1]
+    assert model_of(folder, tmp_path / "out-1" / "checkpoint") == models[0]
+    assert model_of(folder, run="demo") == models[1]
     succeeded(engrid("versions", "--rollback", "demo", "--run-dir", folder))
-    assert said_of(folder, "--run", "demo") == models[0]
+    written = succeeded(engrid("generate", "def add(", "--max-new-tokens", 8, "--run", "demo", "--run-dir", folder))
+    assert f"model {models[0]}" in written.replace("\n", " ")
     (tmp_path / "out-1").rename(tmp_path / "moved")
-    refused = engrid("generate", "x", "--run", "demo", "--run-dir", folder)
-    assert refused.returncode == 1
-    assert "of run demo was published from" in refused.stderr
-    assert "which is not there any more, so its dense weights are lost" in refused.stderr.replace("\n", " ")
+    with pytest.raises(EngridError, match=r"of run demo was published from .*out-1.* so its dense weights are lost"):
+        model_of(folder, run="demo")
     both = engrid("generate", "x", "--run", "demo", "--checkpoint", tmp_path, "--run-dir", folder)
     assert "not both" in both.stderr
+
+
+def test_what_is_published_stays_while_training_rotates_its_checkpoints(cluster, tmp_path):
+    folder, _ = cluster
+    config = tiny_config(make_out(tmp_path / "out"), steps=2, checkpoint_every=1, keep=1)
+    checkpoint = tmp_path / "out" / "checkpoint"
+    models = []
+    for steps in (2, 6, 9, 12):
+        finish(dataclasses.replace(config, steps=steps, resume=steps > 2), folder=folder)
+        publish(folder, checkpoint)
+        models.append(open_checkpoint(checkpoint).model_name)
+        prune(folder, "demo")
+    finish(dataclasses.replace(config, steps=14, resume=True), folder=folder)
+    assert sorted(path.name[:13] for path in checkpoint.glob("step-*")) == [
+        "step-00000009",
+        "step-00000012",
+        "step-00000014",
+    ]
+    assert model_of(folder, run="demo") == models[-1]
+    roll_back(folder, "demo", "")
+    assert model_of(folder, run="demo") == models[-2]
 
 
 def test_rows_alone_are_published_and_not_generated_with(cluster, tmp_path):
     folder, _ = cluster
     finish(tiny_config(make_out(tmp_path / "out"), steps=2), folder=folder)
     succeeded(engrid("checkpoint", "save", "--run", "demo", "--folder", tmp_path / "rows", "--run-dir", folder))
-    published = succeeded(engrid("publish", tmp_path / "rows", "--run-dir", folder))
-    assert "of run demo is current" in published
-    refused = engrid("generate", "x", "--run", "demo", "--run-dir", folder)
-    assert refused.returncode == 1
-    assert "cannot be generated with: checkpoint step-00000002 holds rows alone, no model" in refused.stderr
+    assert publish(folder, tmp_path / "rows")[0] == "demo"
+    with pytest.raises(
+        EngridError, match="cannot be generated with: checkpoint step-00000002 holds rows alone, no model"
+    ):
+        model_of(folder, run="demo")
 
 
-def test_two_prompts_at_once_are_each_continued_by_their_own_model(cluster, tmp_path):
+def test_prompts_at_once_are_each_continued_by_their_own_model(cluster, tmp_path):
+    """Three models over a worker that keeps two: each caller gives the worker its own again when it has let go of it."""
     folder, _ = cluster
     models = {}
     for seed in (1, 2, 3):
         out = make_out(tmp_path / f"out-{seed}")
         finish(tiny_config(out, steps=2, seed=seed, memory="off"))
         models[out / "checkpoint"] = open_checkpoint(out / "checkpoint").model_name
-    command = [sys.executable, "-m", "engrid.cluster.cli", "generate", "def", "--run-dir", str(folder), "--checkpoint"]
-    running = [
-        subprocess.Popen([*command, str(checkpoint)], stdout=subprocess.PIPE, encoding="utf-8", env=None)
-        for checkpoint in models
-    ]
-    printed = [each.communicate(timeout=100)[0] for each in running]
-    assert [re.search(r"model\s+(\S+)", each)[1] for each in printed] == list(models.values())
+    with ExitStack() as stack:
+        record = Record.load(folder)
+        workers = [stack.enter_context(open_model(record, checkpoint)) for checkpoint in models]
+        assert [each.model for each in workers] == list(models.values())
+        texts = [[] for _ in workers]
+        for _ in range(2):
+            for worker, text in zip(workers, texts, strict=True):
+                stream(worker, "def", text.append, max_new_tokens=20)
+    for checkpoint, text in zip(models, texts, strict=True):
+        model, tokenizer = load_model(open_checkpoint(checkpoint), "cpu")
+        ids = tokenizer.encode("def", add_special_tokens=False).ids
+        expected = tokenizer.decode(list(generate(model, None, ids, max_new_tokens=20)), skip_special_tokens=False)
+        assert "".join(text) == expected.rstrip("\ufffd") * 2

@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engrid.client import MemoryClient, prune_versions, publish_version, rollback_version
+from engrid.client import MemoryClient, rollback_version
 from engrid.client.pins import tables_held
 from engrid.tables import NAME
 from engrid.worker.saved_model import open_rows
-from engrid.worker.sealed_tables import serve_tables, version_of
+from engrid.worker.sealed_tables import prune as prune_versions
+from engrid.worker.sealed_tables import publish as publish_version
 
 from .status import members
 
@@ -34,9 +35,8 @@ def publish(run_dir: Path, checkpoint: Path, run: str | None = None) -> tuple[st
     run = run or saved.run
     if not NAME.fullmatch(run):
         raise ValueError(f"run {run!r}: give letters, digits, '.', '_' and '-', not starting with a sign")
-    with _memory(run_dir) as client, serve_tables(saved, client) as pin:
-        publish_version(client, run, version_of(saved))
-        return run, pin.version, prune_versions(client, run)
+    with _memory(run_dir) as client:
+        return run, saved.version, publish_version(saved, client, run)
 
 
 def roll_back(run_dir: Path, run: str, to: str) -> str:

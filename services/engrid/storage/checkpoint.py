@@ -4,6 +4,7 @@
     step-00000250/                  the same, of the rows touched since its base          incremental
     step-00000240.attempt-2/        the run resumed from 200 and went on
     .step-00000300.TOKEN.partial/   being written, or left by a process that died
+    .held.step-00000200             an empty file: somebody serves this one, so `keep` leaves it
 
 Shards and worker write into the partial folder, each forcing its own files to disk. Then one process writes the manifest
 and publishes: files and names durable first, then the rename, then the name of the whole. So a name without a dot is a
@@ -26,6 +27,7 @@ from .manifest import Manifest, WorkerFile
 from .partition import Array, restore
 
 MANIFEST = "manifest.json"
+_HELD = ".held."
 _READ_BYTES = 8 << 20
 _NAME = re.compile(r"step-(\d{8,})(?:\.attempt-(\d+))?")
 _TOKEN = re.compile(r"[A-Za-z0-9-]+")
@@ -216,8 +218,20 @@ class Checkpoints:
 
     # -- removing
 
+    def hold(self, name: str) -> None:
+        """From here on `keep` leaves this checkpoint and its bases, until `release`. Raises OSError."""
+        if not self.disk.exists(f"{_HELD}{name}"):
+            with suppress(FileExistsError):
+                self.disk.create(f"{_HELD}{name}").close()
+            self.disk.sync_folder("")
+
+    def release(self, name: str) -> None:
+        """Takes back `hold`; one that is not held is none the worse."""
+        with suppress(OSError):
+            self.disk.remove(f"{_HELD}{name}")
+
     def keep(self, newest: int) -> list[str]:
-        """Removes all but the newest complete checkpoints and their bases; returns the names removed.
+        """Removes all but the newest complete checkpoints, those held, and the bases of both; returns the names removed.
 
         Those with a damaged manifest stay, and are not counted. What only half went before a crash has lost its name
         already, and goes with `clean`; so does what cannot be removed, as a folder of somebody else's in it. Raises
@@ -226,7 +240,9 @@ class Checkpoints:
         if newest < 1:
             raise ValueError(f"newest is {newest}; keep at least one checkpoint")
         chains = list(self._complete())
-        needed = {manifest.name for chain in chains[:newest] for manifest in chain}
+        held = {name.removeprefix(_HELD) for name in self.disk.names("") if name.startswith(_HELD)}
+        stay = [chain for at, chain in enumerate(chains) if at < newest or chain[-1].name in held]
+        needed = {manifest.name for chain in stay for manifest in chain}
         old = [chain[-1].name for chain in chains if chain[-1].name not in needed]
         hidden: dict[str, str] = {}
         try:

@@ -7,14 +7,14 @@ from collections import OrderedDict
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from engrid.client import ClientConfig, MemoryClient, prune_versions
+from engrid.client import ClientConfig, MemoryClient
 from engrid.directory import DirectoryError
 from engrid.rpc.errors import BadRequestError, EngridError
 
 from .config import WorkerConfig
 from .engine import Engine
 from .saved_model import SavedModel, open_checkpoint, open_published
-from .sealed_tables import serve_tables
+from .sealed_tables import prune, serve_tables
 
 
 class ModelNotLoadedError(Exception):
@@ -108,8 +108,8 @@ class Models:
     def _drop_unused(self, run: str) -> None:
         """Versions of the run that were loaded before, if nobody else reads them. Failing, they stay for next time."""
         if self._client is not None:
-            with suppress(EngridError, DirectoryError):
-                prune_versions(self._client, run)
+            with suppress(EngridError, DirectoryError, OSError):
+                prune(self._client, run)
 
 
 def connect(config: WorkerConfig) -> MemoryClient:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engrid.client import MemoryClient, Pin, create_tables, load_partition, spread_placement
+from engrid.client import (
+    MemoryClient,
+    Pin,
+    create_tables,
+    load_partition,
+    prune_versions,
+    publish_version,
+    spread_placement,
+)
 from engrid.directory import EpochConflictError, Version
 from engrid.rpc.errors import BadRequestError, ShardUnavailableError
+from engrid.storage.checkpoint import Checkpoints
+from engrid.storage.disk import LocalDisk
 from engrid.tables import TableSpec
 
 from .saved_model import SavedRows
@@ -42,6 +54,36 @@ def version_of(saved: SavedRows) -> Version:
     """What a checkpoint is published as."""
     names = tuple(sealed_spec(spec, saved.version).name for spec in saved.specs)
     return Version(saved.version, names, str(saved.path))
+
+
+def publish(saved: SavedRows, client: MemoryClient, run: str) -> list[str]:
+    """Makes the checkpoint's rows the run's current version, and drops what nobody needs any more; returns tables dropped.
+
+    The checkpoint is held until its version is dropped, as the dense weights that belong to the version are in it alone.
+    """
+    with serve_tables(saved, client):
+        with suppress(OSError):  # where we cannot write, no run removes it either
+            saved.checkpoints.hold(saved.manifest.name)
+        publish_version(client, run, version_of(saved))
+        return prune(client, run)
+
+
+def prune(client: MemoryClient, run: str) -> list[str]:
+    """As prune_versions; checkpoints that were held for versions that are gone now may go."""
+    before = _published_from(client)
+    dropped = prune_versions(client, run)
+    for path in before - _published_from(client):
+        if path.parent.is_dir():
+            Checkpoints(LocalDisk(path.parent)).release(path.name)
+    return dropped
+
+
+def _published_from(client: MemoryClient) -> set[Path]:
+    client.connections.refresh()
+    if not client.connections.epoch:
+        return set()
+    versions = [version for of in client.placement.versions.values() for version in of]
+    return {Path(version.checkpoint) for version in versions if version.checkpoint}
 
 
 def _load_sealed(saved: SavedRows, client: MemoryClient, sealed: Mapping[str, TableSpec]) -> None:
