@@ -12,7 +12,7 @@ def test_demo_from_start_to_end(tmp_path):
     before = engrid_processes()
     shown = succeeded(engrid("demo", "--steps", 2, "--out", tmp_path, timeout=220))
     assert engrid_processes() - before == set()
-    result = json.loads((tmp_path / "demo.json").read_text())
+    result = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     for model in ("engram", "plain"):
         assert len(result[model]["losses"]) == 2
         assert 4 < result[model]["validation_loss"] < 9, "of a model that has seen two batches, 8.3 being chance"

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.config import Memory, TrainConfig, demo_model
-from engrid.worker.corpus import standard_library
 from engrid.worker.saved_model import FOLDER
+from engrid.worker.text import standard_library
 
 from .config import ClusterConfig, Record
 from .demo_report import draw_curves, next_commands, result_table, trace_table, whole_lines
@@ -92,7 +92,7 @@ def run_demo(config: ClusterConfig, out: Path, *, steps: int | None, seed: int, 
         with console.status("stopping the cluster"):
             down(config.run_dir)
     result = DemoResult(engram, plain, ratio, prefill, decode, generated, time.monotonic() - started)
-    (out / "demo.json").write_text(json.dumps(asdict(result), indent=1))
+    (out / "demo.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     draw_curves(out / "curves.png", engram, plain, training)
     _report(console, result, traces, out)
     return result
@@ -142,7 +142,7 @@ def _show_generation(worker: Worker, console: Console) -> str:
 
 def _generation_speed(worker: Worker) -> tuple[float, float]:
     """Tokens/s of prefill and of decoding one sequence: medians."""
-    prompt = (standard_library() / "json" / "decoder.py").read_text()[:500]
+    prompt = (standard_library() / "json" / "decoder.py").read_text(encoding="utf-8")[:500]
     prefill, decode = [], []
     for _ in range(SPEED_REPEATS):
         totals = stream(worker, prompt, lambda _: None, max_new_tokens=NEW_TOKENS)

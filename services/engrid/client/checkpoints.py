@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,7 +126,7 @@ class CheckpointSave:
         request = pb.SettleCheckpointRequest(partial=self.partial, published=published)
         for transport in self._transports:
             # Who does not hear of it saves more the next time.
-            with suppress(grpc.RpcError):
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 
@@ -185,6 +185,19 @@ def live_states(client: MemoryClient) -> list[pb.PartitionState]:
     timeout = client.config.timeout
     replies = _all(transports, lambda each: each.stub.Describe.future(pb.DescribeRequest(), timeout=timeout))
     return [state for reply in replies for state in reply.partitions if "@" not in state.table]
+
+
+def check_replaces(client: MemoryClient, names: Collection[str], run: str) -> None:
+    """Raises BadRequestError where live tables of these names hold steps of another run than `run`: they would be lost."""
+    states = [state for state in live_states(client) if state.table in names and state.step and state.run != run]
+    others = {state.run: state.step for state in states}
+    if others:
+        theirs = ", ".join(f"{other or 'another'} (step {step})" for other, step in sorted(others.items()))
+        raise BadRequestError(
+            f"the live tables {', '.join(sorted({state.table for state in states}))} hold rows of run {theirs}, which would be "
+            "lost. Save them first (engrid checkpoint save), go on with that run (engrid train --resume with its --out), give "
+            "this run another name (--run), or give them up with --replace"
+        )
 
 
 def check_folder(client: MemoryClient, folder: Path) -> None:

@@ -16,7 +16,7 @@ import grpc
 
 from engrid.directory import Directory, DirectoryError, Placement, ShardSource, open_directory, read_source
 from engrid.rpc.channel import open_channel
-from engrid.rpc.errors import EngridError, ShardUnavailableError, UnknownTableError, from_rpc
+from engrid.rpc.errors import CancelledError, EngridError, ShardUnavailableError, UnknownTableError, from_rpc
 from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
@@ -35,6 +35,9 @@ class Connections:
         self.directory: Directory | None = None
         self._transports: dict[str, GrpcTransport] = {}
         self._lock = threading.Lock()
+        self._closed = False
+        self._unary: set[grpc.Channel] = set()
+        """Channels of calls under way to shards that may not be in the placement."""
         found = read_source(source)
         if isinstance(found, ShardSource):
             self._placement = placement_of_shard(found.address, timeout=config.timeout)
@@ -93,9 +96,13 @@ class Connections:
         return found
 
     def transport(self, shard: str) -> GrpcTransport:
-        """The connection to a shard of the placement, opened on first use and anew where its address changed."""
+        """The connection to a shard of the placement, opened on first use and anew where its address changed.
+
+        Raises CancelledError once the client was closed.
+        """
         address = self.placement().shards[shard]
         with self._lock:
+            self._check_open()
             transport = self._transports.get(shard)
             if transport is None or transport.address != address:
                 if transport is not None:
@@ -119,16 +126,30 @@ class Connections:
 
     @contextmanager
     def unary(self, address: str) -> Iterator[memory_pb2_grpc.MemoryServiceStub]:
-        """Unary calls to a shard that may not be in the placement yet."""
+        """Unary calls to a shard that may not be in the placement yet. Raises CancelledError once the client was closed."""
         with open_channel(address) as channel:
-            yield memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+            with self._lock:
+                self._check_open()
+                self._unary.add(channel)
+            try:
+                yield memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+            finally:
+                with self._lock:
+                    self._unary.discard(channel)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("the client was closed")
 
     def close(self) -> None:
         """Closes every connection; what is under way fails."""
         with self._lock:
+            self._closed = True
             for transport in self._transports.values():
                 transport.close()
             self._transports = {}
+            for channel in self._unary:
+                channel.close()
         if self.directory is not None:
             self.directory.close()
 
