@@ -20,8 +20,9 @@ from tests.shards import local_shards
 
 
 @pytest.fixture
-def record(tmp_path):
+def record(tmp_path, monkeypatch):
     """Two shards, the second of which has gone."""
+    monkeypatch.setattr("engrid.cluster.waiting.ASK_SECONDS", 1.0)
     with local_shards(tmp_path, 2) as (first, second):
         shards = {"s0": first.address, "s1": second.address}
         second.stop(0)
@@ -67,12 +68,16 @@ def test_nothing_is_said_while_the_run_goes_on(record):
     assert told == []
 
 
-def test_an_error_names_the_shards_that_are_away_and_what_to_type(record):
-    config = TrainConfig(run="r", out="/some/out put")
-    cured = str(with_cure(record, config, ShardUnavailableError("worker-0: shard s1 is gone")))
+def test_an_error_names_the_shards_that_are_away_and_what_to_type(record, tmp_path):
+    config = TrainConfig(run="r", out=str(tmp_path / "out put"))
+    error = ShardUnavailableError("worker-0: shard s1 is gone")
+    cured = str(with_cure(record, config, error))
     assert cured.startswith("worker-0: shard s1 is gone. Start s1 again")
     assert record.start_again("s1") in cured
-    assert f"engrid train --resume --out '/some/out put' --run-dir {record.run_dir}" in cured
+    assert "no checkpoint was made yet" in cured
+    (tmp_path / "out put" / "checkpoint" / "step-00000004").mkdir(parents=True)
+    resume = f"engrid train --resume --out '{config.out}' --run-dir {record.run_dir}"
+    assert str(with_cure(record, config, error)).endswith(resume)
 
 
 def test_an_error_of_another_kind_stays_itself(tmp_path):

@@ -67,7 +67,7 @@ class RayCalls:
         """The end of what the driver printed."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n") if self._log.exists() else []
         said = [line.strip() for line in lines if line.strip()]
-        return f"Ray's driver ended: {said[-1][-500:]}" if said else "Ray's driver ended without a word"
+        return f"Ray's driver ended: {with_extra(said[-1][-500:])}" if said else "Ray's driver ended without a word"
 
 
 @contextmanager

@@ -6,17 +6,20 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
 from engrid.worker.config import TrainConfig
+from engrid.worker.saved_model import FOLDER
 
 from .config import ClusterError, Record
 from .status import away, shards_of
 
 QUIET_SECONDS = 3.0
 """Without a word from the run after which the shards are asked."""
-ASK_SECONDS = 2.0
+ASK_SECONDS = 3.0
+"""A shard on a busy machine has to answer."""
 
 
 class ShardWatch:
@@ -78,8 +81,11 @@ def with_cure(record: Record, config: TrainConfig, error: Exception) -> Exceptio
     if not lost:
         return error
     again = "; ".join(record.start_again(name) for name in lost)
-    resume = f"engrid train --resume --out {shlex.quote(config.out)} --run-dir {shlex.quote(record.run_dir)}"
+    where = f"--out {shlex.quote(config.out)} --run-dir {shlex.quote(record.run_dir)}"
+    if any(Path(config.out, FOLDER).glob("step-*")):
+        then = f"then go on from the newest checkpoint: engrid train --resume {where}"
+    else:
+        then = "no checkpoint was made yet (--checkpoint-every N), so the run begins anew"
     return ClusterError(
-        f"{error}. Start {', '.join(lost)} again (stop it first where its process hangs): {again}   then go on from the newest "
-        f"checkpoint: {resume}"
+        f"{error}. Start {', '.join(lost)} again, and stop it first where its process hangs: {again} ; {then}"
     )
