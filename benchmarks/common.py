@@ -22,7 +22,7 @@ ROW_BYTES = 4 * WIDTH
 FP8_ROW_BYTES = 264
 FP8_WIDTH = 256
 HEADS = 16
-"""Rows one token reads: 2 orders of 8 heads, as the demo preset has."""
+"""Rows one token reads: 2 orders of 8 heads, as the paper preset has."""
 VERSIONED = ("grpcio", "numpy", "torch", "redis", "hiredis", "ray", "mooncake-transfer-engine-non-cuda", "numba")
 LOAD_ROWS = 1 << 14
 """Rows in one message while a sealed table is loaded."""
@@ -53,7 +53,17 @@ def start_shards(stack: ExitStack, folder: str, count: int, *options: str, state
     """
     pids = []
     for index in range(count):
-        shard = [sys.executable, "-m", "engrid.shard", "--name", f"s{index}", "--directory", f"file:{folder}", *options]
+        shard = [
+            sys.executable,
+            "-P",
+            "-m",
+            "engrid.shard",
+            "--name",
+            f"s{index}",
+            "--directory",
+            f"file:{folder}",
+            *options,
+        ]
         if state:
             shard += ["--state", str(state_folder(folder, index))]
         pids.append(start(stack, shard, "serves at")[0].pid)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import RunDir, path_option
+
 if TYPE_CHECKING:
     from engrid.client import MemoryClient
     from engrid.storage.checkpoint import Checkpoints
@@ -20,11 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Folder = Annotated[Path, typer.Option(help="Folder of the run's checkpoints, seen by all shards.")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),
-]
+Folder = Annotated[Path, path_option("Folder of the run's checkpoints, seen by all shards.")]
 DEFAULT_FOLDER = Path("engrid-run/checkpoint")
 
 
@@ -39,13 +37,12 @@ def save(
     run_dir: RunDir = None,
 ) -> None:
     """Save live tables at the step they stand at. Not while they are trained: `engrid train --checkpoint-every` is for that."""
-    from engrid.client import MemoryClient
     from engrid.client.checkpoints import CheckpointSave, check_folder, live_states
 
     from .cli import console, told, where
-    from .status import members
+    from .status import memory_of
 
-    with told(), MemoryClient(members(where(run_dir))[0]) as client:
+    with told(), memory_of(where(run_dir)) as client:
         states = live_states(client)
         names = _chosen(run, tables, {state.table for state in states}, client)
         identity, attempt, step = _stand([state for state in states if state.table in names], names)
@@ -108,14 +105,13 @@ def restore(
     run_dir: RunDir = None,
 ) -> None:
     """Put a checkpoint's rows and optimizer state into the live tables, over the shards there are now."""
-    from engrid.client import MemoryClient
     from engrid.client.checkpoints import check_replaces, newest_attempt, restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
     from .cli import console, told, where
-    from .status import members
+    from .status import memory_of
 
-    with told(), MemoryClient(members(where(run_dir))[0]) as client:
+    with told(), memory_of(where(run_dir)) as client:
         checkpoints = _open(folder)
         chain = checkpoints.chain(name) if name else checkpoints.latest()
         if not chain:

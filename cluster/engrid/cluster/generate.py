@@ -16,6 +16,7 @@ from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 
 from .config import ClusterError, Record
+from .status import require_answers, shards_of
 
 LOAD_TIMEOUT = 600.0
 GENERATE_TIMEOUT = 600.0
@@ -61,6 +62,7 @@ def open_model(record: Record, checkpoint: Path | None, run: str = "") -> Iterat
     if not record.workers:
         raise ClusterError("the cluster has no compute workers; bring it up with --workers 1 or more")
     name, address = next(iter(record.workers.items()))
+    require_answers(Path(record.run_dir), shards_of(record))
     request = pb.LoadModelRequest(checkpoint=str(checkpoint) if checkpoint else "", run=run)
     with command_channel(address) as channel:
         stub = compute_pb2_grpc.ComputeServiceStub(channel)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engrid.rpc.channel import command_channel
 from engrid.rpc.errors import from_rpc
@@ -22,6 +22,7 @@ from engrid.worker.config import TrainConfig
 from . import interrupts
 from .config import ClusterError, Record
 from .ray_head import free_port
+from .waiting import ShardWatch, with_cure
 
 TRAIN_TIMEOUT = 24 * 3600.0
 """Seconds a training call may take."""
@@ -68,7 +69,7 @@ def run_training(
         for (name, address), done in zip(workers, ranks, strict=True):
             error = done.exception() if done.done() else None
             if isinstance(error, grpc.RpcError):
-                raise from_rpc(error, f"{name} at {address}") from error
+                raise with_cure(record, config, from_rpc(error, f"{name} at {address}")) from error
         return ranks[0].result()
 
 
@@ -111,9 +112,8 @@ def progress_bar(console: Console) -> Progress:
     """Loss, tokens per second and time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[rate]} tokens/s"),
         TimeRemainingColumn(),
@@ -124,17 +124,20 @@ def progress_bar(console: Console) -> Progress:
 def train_with_progress(
     record: Record, config: TrainConfig, console: Console, title: str = "training", *, stoppable: bool = False
 ) -> dict[str, Any]:
-    """run_training with a bar. stoppable: the first Ctrl-C saves, once a step is done; until then it ends at once."""
-    with progress_bar(console) as bar, ExitStack() as stack:
+    """run_training with a bar, which says so while a shard is waited for. stoppable: the first Ctrl-C saves, once a step is
+    done; until then it ends at once."""
+    with progress_bar(console) as bar, ShardWatch(record, console) as watch, ExitStack() as stack:
         task = bar.add_task(title, total=config.steps, loss="-", rate="-")
         workers = len(record.workers)
+        watch.tell = lambda waiting: bar.update(task, description=f"{title}: {waiting}")
         asked = stack.enter_context(interrupts.first_asks()) if stoppable else lambda: False
         stepped = said = False
 
         def show(progress: pb.TrainProgress) -> None:
             nonlocal stepped
+            watch.heard()
             if progress.notice:
-                bar.console.print(progress.notice, style="dim", markup=False, highlight=False)
+                bar.console.print(progress.notice, style="dim", markup=False, highlight=False, soft_wrap=True)
             elif progress.phase:
                 bar.update(task, description=f"{title}: {progress.phase}")
             elif progress.step and not progress.result:

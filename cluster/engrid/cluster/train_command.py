@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import interrupts
+from .options import RunDir, number_option, path_option
 
 if TYPE_CHECKING:
     from engrid.worker.config import TrainConfig
-
-RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),
-]
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -30,8 +27,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 def train(
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for corpus and checkpoint, seen by all workers.", show_default="engrid-run"),
+        Path | None, path_option("Folder for corpus and checkpoint, seen by all workers.", show_default="engrid-run")
     ] = None,
     run: Annotated[
         str | None, typer.Option(help="Name of the run; its tables carry it.", show_default="default")
@@ -40,7 +36,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.", show_default="8")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per sequence.", show_default="256")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak, of the dense weights.", show_default="0.003")
+        float | None, number_option("Peak, of the dense weights.", 1e-30, 1e3, show_default="0.003")
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps to the peak.", show_default="20")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, rows and data order.", show_default="0")] = None,
@@ -96,7 +92,7 @@ def train(
     engram_heads: Annotated[int | None, typer.Option(help="Hash heads per order.", show_default="4")] = None,
     max_ngram: Annotated[int | None, typer.Option(help="Largest order of n-grams.", show_default="3")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON that holds any part of what --print-config shows; options win over it.")
+        Path | None, path_option("JSON that holds any part of what --print-config shows; options win over it.")
     ] = None,
     print_config: Annotated[  # noqa: FBT002
         bool, typer.Option("--print-config", help="Print the whole configuration as JSON, and train nothing.")
@@ -165,7 +161,7 @@ def _configuration(path: Path | None, **given: Any) -> TrainConfig:
 
 
 def _train(training: TrainConfig, run_dir: Path | None) -> None:
-    from .cli import console, errors, where
+    from .cli import command, console, errors, where
     from .config import require_cluster
     from .train import train_with_progress
 
@@ -176,7 +172,7 @@ def _train(training: TrainConfig, run_dir: Path | None) -> None:
         if interrupts.pressed():
             errors.print(_lost(training), style="yellow", markup=False, highlight=False)
         raise
-    again = f"engrid train --resume --out {training.out}" + (f" --run-dir {run_dir}" if run_dir else "")
+    again = command(f"train --resume --out {shlex.quote(training.out)}", run_dir)
     if result.get("stopped"):
         kept = f"checkpoint in {result['checkpoint']}" if "checkpoint" in result else "nothing is saved (save is false)"
         console.print(
@@ -206,5 +202,5 @@ def _lost(training: TrainConfig) -> str:
         return "cut off: no checkpoint was saved, so the steps of this run are lost (--checkpoint-every saves some on the way)"
     return (
         f"cut off: steps after {saved.step} are lost; go on from checkpoint {saved.manifest.name} with: "
-        f"engrid train --resume --out {training.out}"
+        f"engrid train --resume --out {shlex.quote(training.out)}"
     )

@@ -138,7 +138,7 @@ def check_ints(field: str, values: object) -> tuple[int, ...]:
 
 
 PRESETS = {
-    "demo": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
+    "paper": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
     "v41": EngramSpec(
         layers=(1, 14),
         max_ngram=4,

@@ -7,13 +7,14 @@ asked: from the directory or, where that is gone, from the shards themselves.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
 
-from engrid.directory import Directory, DirectoryError, Placement, open_directory
+from engrid.directory import Directory, DirectoryError, Placement, ShardSource, open_directory, read_source
 from engrid.rpc.channel import open_channel
 from engrid.rpc.errors import CancelledError, EngridError, ShardUnavailableError, UnknownTableError, from_rpc
 from engrid.tables import TableSpec
@@ -24,14 +25,12 @@ from .config import ClientConfig
 from .routing import TableRoute, routes
 from .transport import GrpcTransport
 
-DIRECTORY_SCHEMES = ("file:", "redis://", "rediss://", "/", ".")
-
 
 class Connections:
     """Shared by the threads of one client."""
 
-    def __init__(self, source: str, config: ClientConfig) -> None:
-        """source: a directory (file:PATH, PATH or redis://...), or host:port of any shard."""
+    def __init__(self, source: str | os.PathLike[str], config: ClientConfig) -> None:
+        """source: a directory (a path object, file:PATH, /PATH or redis://...), or host:port of any shard."""
         self.config = config
         self.directory: Directory | None = None
         self._transports: dict[str, GrpcTransport] = {}
@@ -39,11 +38,12 @@ class Connections:
         self._closed = False
         self._unary: set[grpc.Channel] = set()
         """Channels of calls under way to shards that may not be in the placement."""
-        if source.startswith(DIRECTORY_SCHEMES):
+        found = read_source(source)
+        if isinstance(found, ShardSource):
+            self._placement = placement_of_shard(found.address, timeout=config.timeout)
+        else:
             self.directory = open_directory(source)
             self._placement = self.directory.placement()
-        else:
-            self._placement = placement_of_shard(source, timeout=config.timeout)
         self._routes = routes(self._placement) if self._placement else {}
 
     @property

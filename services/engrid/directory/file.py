@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .errors import (
     ShardUnknownError,
 )
 from .placement import Placement
-from .records import ShardRecord, check_epoch_rises, check_name_is_free, this_host
+from .records import ShardRecord, check_epoch_rises, check_name_is_free, check_registered, this_host
 
 _LOCK_SECONDS = 10.0
 _LOCK_POLL_SECONDS = 0.005
@@ -93,9 +93,11 @@ class FileDirectory:
                 raise EpochConflictError(str(self._file), expected_epoch, actual)
             self._write(replace(content, placement=placement))
 
-    def clear(self) -> None:
-        """See Directory.clear. A file that cannot be read as a directory is replaced too."""
+    def clear(self, *, registered: Mapping[str, ShardRecord] | None = None) -> None:
+        """See Directory.clear. A file that cannot be read as a directory is replaced too where nothing is expected."""
         with self._locked():
+            if registered is not None:
+                check_registered(str(self._file), self._read().shards, registered)
             self._write(_Content())
 
     def close(self) -> None:

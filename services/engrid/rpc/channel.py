@@ -19,6 +19,8 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     *_LIMITS,
     # Without this a second server binds a port in use, silently, and shares its connections.
     ("grpc.so_reuseport", 0),
+    # Commands ask every 20 s whether we live (below); gRPC's default closes the connection of who asks twice in 5 minutes.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -30,6 +32,16 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     # One connection per channel object: closing a client closes what it opened, nothing shared.
     ("grpc.use_local_subchannel_pool", 1),
+    # http_proxy and the like are for the web: a proxy would refuse what goes from process to process of ours, or hang.
+    ("grpc.enable_http_proxy", 0),
+]
+
+COMMAND_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    # A call may take hours, and the other side stop for good without closing: after 40 s without a sign it has failed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 
@@ -42,7 +54,7 @@ def open_channel(address: str) -> grpc.Channel:
 def command_channel(address: str) -> Iterator[grpc.Channel]:
     """A channel for a command that Ctrl-C may cut off anywhere, also inside gRPC, which then may have a call that no thread
     of its serves: closing would wait for it for ever. So after Ctrl-C the channel is left to the end of the process."""
-    channel = open_channel(address)
+    channel = grpc.insecure_channel(address, options=COMMAND_OPTIONS)
     try:
         yield channel
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from .addresses import host_port, reachable_host
 from .channel import SERVER_OPTIONS
 from .errors import BadRequestError
 
@@ -28,9 +29,11 @@ class RpcServer:
         """Binds `listen` (host:port) and serves.
 
         services: full names to report healthy and to reflect. threads: the most calls served at a time; a
-        stream holds one for its life. advertise_host: the host others reach us by, where `listen` is 0.0.0.0.
-        Raises BadRequestError where the port is taken or the host is not ours.
+        stream holds one for its life. advertise_host: the host others reach us by; None: that of `listen`, or
+        this host's address on its default interface where that is 0.0.0.0 or [::]. Raises BadRequestError where the port is taken
+        or the host is not ours.
         """
+        host = reachable_host(listen.rpartition(":")[0], advertise_host)
         self._server = grpc.server(ThreadPoolExecutor(threads, "rpc"), options=SERVER_OPTIONS)
         register(self._server)
         self._health = health.HealthServicer()
@@ -44,8 +47,7 @@ class RpcServer:
                 f"cannot listen on {listen}: the port is in use or the host is not this machine's; "
                 "choose another, or port 0 for any free one"
             ) from error
-        host = advertise_host or listen.rpartition(":")[0]
-        self.address = f"{host}:{port}"
+        self.address = host_port(host, port)
         self._server.start()
         for name in ("", *services):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
+
 import argparse
 import signal
-import sys
 import threading
 from pathlib import Path
 

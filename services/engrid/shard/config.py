@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -15,9 +16,9 @@ class ShardConfig:
     listen: str = "127.0.0.1:0"
     """host:port; port 0 for any free one."""
     advertise_host: str | None = None
-    """Host that clients reach us by, where `listen` binds all interfaces; default: the host of `listen`."""
-    directory: str
-    """file:PATH of a run directory, or redis://HOST:PORT[/DB][?prefix=NAME]."""
+    """Host that clients reach us by; None: that of `listen`, or this host's address where that is 0.0.0.0 or [::]."""
+    directory: str | os.PathLike[str] = field(repr=False)
+    """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     state: Path | None = None
     """Folder of the shard's log and base, from which it goes on when it is started again; None: nothing is kept."""
     log_bytes: int = 2 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
@@ -25,8 +26,8 @@ class WorkerConfig:
     """host:port; port 0 for any free one."""
     advertise_host: str | None = None
     """Host that clients reach us by, where `listen` binds all interfaces."""
-    directory: str
-    """file:PATH of a run directory, or redis://HOST:PORT[/DB][?prefix=NAME]."""
+    directory: str | os.PathLike[str] = field(repr=False)
+    """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int | None = None
