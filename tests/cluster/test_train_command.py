@@ -30,7 +30,12 @@ def cluster(tmp_path):
         worker = stack.enter_context(local_worker(folder))
         addresses = {name: address for name, (_, address) in shards.items()}
         record = Record(
-            identity="x", directory=f"file:{folder}", shards=addresses, workers={"w0": worker.address}, ready=True
+            identity="x",
+            directory=f"file:{folder}",
+            run_dir=str(folder),
+            shards=addresses,
+            workers={"w0": worker.address},
+            ready=True,
         )
         record.save(folder)
         yield folder, [process for process, _ in shards.values()]

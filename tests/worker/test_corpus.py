@@ -115,10 +115,11 @@ def test_what_is_no_regular_readable_file_is_passed_over_and_counted(root):
     os.mkfifo(root / "pipe.py")
     (root / "null.py").symlink_to("/dev/null")
     (root / "memory.py").symlink_to("/proc/self/mem")
+    (root / "around").symlink_to(root)
     text = find_text([root])
     assert [file.name for file in text.files] == sorted([*NAMES, "discord.py/inner.py"])
     assert text.passed_over["not regular readable files"] == 5
-    assert text.passed_over["folders named like files"] == 1
+    assert text.passed_over["folders named like files"] == text.passed_over["links to folders"] == 1
     assert "5 not regular readable files" in text.describe()
     for name, words in (("pipe.py", "not a regular file"), (".#a.py", "is not there"), ("memory.py", "cannot be read")):
         with pytest.raises(ValueError, match=f"{re.escape(name)} .*{words}"):

@@ -1,5 +1,7 @@
 """ComputeService as a client sees it: what it says of itself, and the models it loads."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -9,6 +11,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from engrid.rpc.server import check_health
 from engrid.v1 import compute_pb2 as pb
+from engrid.worker import models
 from engrid.worker.saved_model import open_checkpoint
 from tests.shards import local_shards
 from tests.worker.conftest import (
@@ -22,6 +25,7 @@ from tests.worker.conftest import (
     make_out,
     refused,
     tiny_config,
+    within,
 )
 
 
@@ -140,6 +144,28 @@ def test_a_generation_under_way_outlives_its_model(worker, trained, tmp_path):
         load(worker, other_model(tmp_path / str(seed), seed=seed))
     assert name not in describe(worker).models
     assert text_of([*replies, *call]) == expected
+
+
+def test_a_load_whose_caller_has_gone_is_not_begun(worker, trained, tmp_path, monkeypatch):
+    """It waited for its turn behind one that takes long."""
+    begun, go = [], threading.Event()
+
+    def slow(path):
+        begun.append(path)
+        go.wait(20)
+        return open_checkpoint(path)
+
+    monkeypatch.setattr(models, "open_checkpoint", slow)
+    first = worker.LoadModel.future(pb.LoadModelRequest(checkpoint=str(trained.checkpoint)), timeout=30)
+    assert within(10, lambda: begun)
+    second = worker.LoadModel.future(pb.LoadModelRequest(checkpoint=str(tmp_path)), timeout=30)
+    time.sleep(0.2)
+    second.cancel()
+    time.sleep(3 * models.LOAD_POLL_SECONDS)
+    go.set()
+    assert first.result().step == 90
+    assert ask(worker)[-1].totals.new_tokens == 3
+    assert begun == [trained.checkpoint]
 
 
 def test_rows_that_a_shard_lost_are_loaded_again_with_the_model(trained, tmp_path):

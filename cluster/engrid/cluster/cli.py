@@ -368,6 +368,7 @@ def ids(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,  # noqa: FBT002
 ) -> None:
     """Print token ids, canonical ids and row ids of a text, to check another implementation against."""
+    from .generate import argument_text
     from .ids import of_checkpoint, of_preset, print_ids
 
     with told():
@@ -376,7 +377,7 @@ def ids(
                 "a checkpoint has its own shape and tokenizer: give --checkpoint alone, or --preset and --tokenizer"
             )
         hashing = of_checkpoint(checkpoint) if checkpoint is not None else of_preset(preset or "paper", tokenizer)
-        print_ids(text, hashing, layer=layer, as_json=as_json, console=console)
+        print_ids(argument_text(text), hashing, layer=layer, as_json=as_json, console=console)
 
 
 @app.command()

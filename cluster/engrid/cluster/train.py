@@ -124,20 +124,20 @@ def progress_bar(console: Console) -> Progress:
 def train_with_progress(
     record: Record, config: TrainConfig, console: Console, title: str = "training", *, stoppable: bool = False
 ) -> dict[str, Any]:
-    """run_training with a bar, which says so while a shard is waited for. stoppable: the first Ctrl-C saves, once a step is done;
-    until then it ends at once."""
+    """run_training with a bar, which says so while a shard is waited for. stoppable: the first Ctrl-C saves, once a step is
+    done; until then it ends at once."""
     with progress_bar(console) as bar, ShardWatch(record, console) as watch, ExitStack() as stack:
         task = bar.add_task(title, total=config.steps, loss="-", rate="-")
         workers = len(record.workers)
+        watch.tell = lambda waiting: bar.update(task, description=f"{title}: {waiting}")
         asked = stack.enter_context(interrupts.first_asks()) if stoppable else lambda: False
         stepped = said = False
-        watch.tell = lambda waiting: bar.update(task, description=f"{title}: {waiting}")
 
         def show(progress: pb.TrainProgress) -> None:
             nonlocal stepped
             watch.heard()
             if progress.notice:
-                bar.console.print(progress.notice, style="dim", markup=False, highlight=False)
+                bar.console.print(progress.notice, style="dim", markup=False, highlight=False, soft_wrap=True)
             elif progress.phase:
                 bar.update(task, description=f"{title}: {progress.phase}")
             elif progress.step and not progress.result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +27,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 def train(
     out: Annotated[
-        Path | None,
-        path_option("Folder for corpus and checkpoint, seen by all workers.", show_default="engrid-run"),
+        Path | None, path_option("Folder for corpus and checkpoint, seen by all workers.", show_default="engrid-run")
     ] = None,
     run: Annotated[
         str | None, typer.Option(help="Name of the run; its tables carry it.", show_default="default")
@@ -43,8 +43,8 @@ def train(
     memory: Annotated[str | None, typer.Option(help="remote, in_process, or off (no Engram).")] = None,
     text: Annotated[
         list[Path] | None,
-        path_option(
-            'Folder or file to train on: .py, .txt, .md, or .jsonl with a "text" per line. Again for more.',
+        typer.Option(
+            help='Folder or file to train on: .py, .txt, .md, or .jsonl with a "text" per line. Again for more.',
             show_default="Python's standard library",
         ),
     ] = None,
@@ -161,7 +161,7 @@ def _configuration(path: Path | None, **given: Any) -> TrainConfig:
 
 
 def _train(training: TrainConfig, run_dir: Path | None) -> None:
-    from .cli import console, errors, where
+    from .cli import command, console, errors, where
     from .config import require_cluster
     from .train import train_with_progress
 
@@ -172,7 +172,7 @@ def _train(training: TrainConfig, run_dir: Path | None) -> None:
         if interrupts.pressed():
             errors.print(_lost(training), style="yellow", markup=False, highlight=False)
         raise
-    again = f"engrid train --resume --out {training.out}" + (f" --run-dir {run_dir}" if run_dir else "")
+    again = command(f"train --resume --out {shlex.quote(training.out)}", run_dir)
     if result.get("stopped"):
         kept = f"checkpoint in {result['checkpoint']}" if "checkpoint" in result else "nothing is saved (save is false)"
         console.print(
@@ -202,5 +202,5 @@ def _lost(training: TrainConfig) -> str:
         return "cut off: no checkpoint was saved, so the steps of this run are lost (--checkpoint-every saves some on the way)"
     return (
         f"cut off: steps after {saved.step} are lost; go on from checkpoint {saved.manifest.name} with: "
-        f"engrid train --resume --out {training.out}"
+        f"engrid train --resume --out {shlex.quote(training.out)}"
     )

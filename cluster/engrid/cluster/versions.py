@@ -24,6 +24,8 @@ def publish(run_dir: Path, checkpoint: Path, run: str | None = None) -> tuple[st
     """
     saved = open_rows(checkpoint)
     run = run or saved.run
+    if not run:
+        raise ValueError(f"the tables of {saved.path} are of no run; give a name to publish them under (--run)")
     if not NAME.fullmatch(run):
         raise ValueError(f"run {run!r}: give letters, digits, '.', '_' and '-', not starting with a sign")
     with memory_of(run_dir) as client:

@@ -168,12 +168,17 @@ def _make(client: MemoryClient, specs: Mapping[str, TableSpec]) -> None:
 
 def newest_attempt(client: MemoryClient, run: str) -> int:
     """The newest attempt of a run that any shard has seen; 0 where none knows the run. Shards that are away know none."""
-    newest = 0
+    replies = _descriptions(client)
+    return max((state.attempt for reply in replies for state in reply.partitions if state.run == run), default=0)
+
+
+def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:
+    """What the shards registered now say of themselves; those that are away say nothing."""
+    replies = []
     for address in current(directory_of(client)).shards.values():
         with client.connections.unary(address) as stub, suppress(grpc.RpcError):
-            reply = stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout)
-            newest = max([newest, *(state.attempt for state in reply.partitions if state.run == run)])
-    return newest
+            replies.append(stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout))
+    return replies
 
 
 def live_states(client: MemoryClient) -> list[pb.PartitionState]:
@@ -188,8 +193,12 @@ def live_states(client: MemoryClient) -> list[pb.PartitionState]:
 
 
 def check_replaces(client: MemoryClient, names: Collection[str], run: str) -> None:
-    """Raises BadRequestError where live tables of these names hold steps of another run than `run`: they would be lost."""
-    states = [state for state in live_states(client) if state.table in names and state.step and state.run != run]
+    """Raises BadRequestError where live tables of these names hold steps of another run than `run`: they would be lost.
+
+    Shards that are away hold none.
+    """
+    found = [state for reply in _descriptions(client) for state in reply.partitions]
+    states = [each for each in found if each.table in names and each.step and each.run != run]
     others = {state.run: state.step for state in states}
     if others:
         theirs = ", ".join(f"{other or 'another'} (step {step})" for other, step in sorted(others.items()))

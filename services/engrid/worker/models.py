@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from engrid.client import ClientConfig, MemoryClient
 from engrid.directory import DirectoryError
-from engrid.rpc.errors import BadRequestError, EngridError
+from engrid.rpc.errors import BadRequestError, CancelledError, EngridError
 
 from .config import WorkerConfig
 from .engine import Engine
 from .saved_model import SavedModel, open_checkpoint, open_published
 from .sealed_tables import prune, serve_tables
+
+LOAD_POLL_SECONDS = 0.1
 
 
 class ModelNotLoadedError(Exception):
@@ -41,15 +44,18 @@ class Models:
         if client is not None:
             client.close()
 
-    def load(self, checkpoint: Path) -> Engine:
-        """The model of a checkpoint, loaded unless it is here. Raises CheckpointError, EngridError, DirectoryError."""
-        with self._loading:
+    def load(self, checkpoint: Path, is_wanted: Callable[[], bool]) -> Engine:
+        """The model of a checkpoint, loaded unless it is here. Raises CheckpointError, EngridError, DirectoryError.
+
+        is_wanted: whether the caller still waits; a load that nobody waits for is not begun, and raises CancelledError.
+        """
+        with self._one_at_a_time(is_wanted):
             return self._load(open_checkpoint(checkpoint))
 
-    def load_published(self, run: str) -> Engine:
+    def load_published(self, run: str, is_wanted: Callable[[], bool]) -> Engine:
         """The model of a run's current version. Raises UnknownTableError where none is published, CheckpointError where
         its dense weights are not to be found."""
-        with self._loading, ExitStack() as stack:
+        with self._one_at_a_time(is_wanted), ExitStack() as stack:
             client = self._connect()
             pin = stack.enter_context(client.pins.of_run(run))
             version = next(each for each in client.placement.versions[run] if each.name == pin.version)
@@ -76,6 +82,16 @@ class Models:
         """The one loaded or used last."""
         with self._lock:
             return next(reversed(self._engines.values()), None)
+
+    @contextmanager
+    def _one_at_a_time(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        while not self._loading.acquire(timeout=LOAD_POLL_SECONDS):
+            if not is_wanted():
+                raise CancelledError("the caller has gone while another model was loaded")
+        try:
+            yield
+        finally:
+            self._loading.release()
 
     def _load(self, saved: SavedModel) -> Engine:
         client = None if saved.model.engram is None else self._connect()

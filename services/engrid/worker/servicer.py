@@ -43,9 +43,9 @@ class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "give a checkpoint, or a run whose version is published")
         try:
             if request.run:
-                engine = self._models.load_published(request.run)
+                engine = self._models.load_published(request.run, context.is_active)
             else:
-                engine = self._models.load(Path(request.checkpoint))
+                engine = self._models.load(Path(request.checkpoint), context.is_active)
         except CheckpointMissingError as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except (CheckpointError, DirectoryError, OSError, ValueError) as error:

@@ -55,7 +55,7 @@ class Text:
         """What was looked for, where, and what was found."""
         size = sum(file.size for file in self.files)
         found = f"{len(self.files)} files with {size:,} bytes of text"
-        passed = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
+        passed = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()) if count)
         looked = f"{', '.join(self.suffixes)} in {', '.join(map(str, self.roots))}"
         return f"looked for {looked}: {found}" + (f"; passed over: {passed}" if passed else "")
 
@@ -105,6 +105,7 @@ def _below(root: Path, text: Text) -> Iterator[tuple[Path, str]]:
     for folder, folders, files in os.walk(root, onerror=unreadable):
         skipped = sorted(SKIPPED & set(folders))
         text.passed_over.update(f"folders named {name}" for name in skipped)
+        text.passed_over["links to folders"] += sum(Path(folder, name).is_symlink() for name in folders)
         for name in folders:
             if name not in SKIPPED and name.lower().endswith(text.suffixes):
                 text.passed_over["folders named like files"] += 1
