@@ -13,6 +13,7 @@ from engrid.client import MemoryClient, TrainingRun, create_tables
 from engrid.client.checkpoints import CheckpointSave
 from engrid.rpc.channel import CHANNEL_OPTIONS
 from engrid.rpc.errors import BadRequestError, InternalError, from_rpc
+from engrid.rpc.server import check_health
 from engrid.rpc.wire import encode_cancel, encode_request
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
@@ -183,3 +184,30 @@ def _restore(stub, request):
     except grpc.RpcError as error:
         return from_rpc(error, "s0")
     return None
+
+
+_PLAIN = {
+    "run": "r", "attempt": 1, "workers": 1, "step": 1, "learning_rate": 1.0, "epoch": 1, "reader": "a", "seconds": 1.0,
+    "name": "step-00000001", "partial": "x", "wait": 0.1, "table": "t",
+}  # fmt: skip
+_TABLES = (["t"], ["t", "t"], ["m@1"], ["zz"], [""], ["t", "zz"])
+
+
+def call_with_hardly_anything(address):
+    """Every method with an empty message, with a plain one, and with tables that are unknown, sealed or named twice."""
+    with grpc.insecure_channel(address) as channel:
+        for method in pb.DESCRIPTOR.services_by_name["MemoryService"].methods:
+            fields = {field.name for field in method.input_type.fields}
+            plain = {name: value for name, value in _PLAIN.items() if name in fields}
+            requests = [{}, plain]
+            requests += [plain | {"tables": tables} for tables in _TABLES if "tables" in fields]
+            requests += [plain | {"partition": 2**32 - 1}, plain | {"table": "m@1"}] if "partition" in fields else []
+            for values in requests:
+                raw = getattr(pb, method.input_type.name)(**values).SerializeToString()
+                try:
+                    call = channel.stream_stream(f"/engrid.v1.MemoryService/{method.name}")
+                    list(call(iter([raw]), timeout=CALL_SECONDS))
+                except grpc.RpcError as error:
+                    arrived = from_rpc(error, "s0")
+                    assert not isinstance(arrived, InternalError), f"{method.name}, {values}: {arrived}"
+        assert check_health(channel, timeout=10)

@@ -2,8 +2,16 @@
 
 import pytest
 
-from tests.shard.hostile_calls import adopt_anything, call_with_anything, restore_anything
-from tests.shards import local_shards
+from engrid.client import MemoryClient, create_tables
+from tests.shard.hostile_calls import adopt_anything, call_with_anything, call_with_hardly_anything, restore_anything
+from tests.shards import local_shards, table
+
+
+def test_messages_with_hardly_anything_in_them(tmp_path):
+    with local_shards(tmp_path, 1, state=tmp_path / "state") as (shard,), MemoryClient(f"file:{tmp_path}") as client:
+        call_with_hardly_anything(shard.address)
+        create_tables(client, [table(), table("m@1", optimizer=None)])
+        call_with_hardly_anything(shard.address)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
