@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -25,11 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engrid.rpc.errors import BadRequestError, EngridError, to_message
+from engrid.rpc.errors import BadRequestError, EngridError, InternalError, to_message
 from engrid.rpc.handover import MAX_LINE, read_line
 
 from .messages import PartitionKey
 from .sealed import SealedRows
+
+_log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 1.0
 """A client has to ask and take the answer."""
@@ -52,6 +55,7 @@ class Handover:
             raise PermissionError(f"{folder} belongs to others or lets them in; remove it")
         self.path = folder / f"{self.instance}.sock"
         self._find = find
+        self._closed = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.path))
         self._socket.listen(16)
@@ -60,6 +64,7 @@ class Handover:
 
     def close(self) -> None:
         """Hands nothing over any more; what was handed over stays readable."""
+        self._closed.set()
         with contextlib.suppress(OSError):  # not connected: what shutdown is for here is to wake accept()
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -70,8 +75,11 @@ class Handover:
         while True:
             try:
                 client, _ = self._socket.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._closed.wait(REQUEST_SECONDS):
+                    return
+                _log.warning("sealed rows cannot be handed over just now: %s", error)  # no descriptor is left, say
+                continue
             with client, contextlib.suppress(OSError):  # a client that goes away or is slow is its own loss
                 client.settimeout(REQUEST_SECONDS)
                 self._answer(client)
@@ -81,8 +89,12 @@ class Handover:
             asked = self._asked(client)  # read first, also of those who may not ask: else they never see the answer
             _check_peer(client)
             rows = self._find(asked)
-        except EngridError as error:
-            message = to_message(error)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, its client is told, and the next one is served
+            message = to_message(
+                error if isinstance(error, EngridError) else InternalError(f"handover failed: {error!r}")
+            )
             client.sendall(_line({"code": message.code, "message": message.message}))
             return
         socket.send_fds(client, [_line({"start": rows.start, "stop": rows.stop})], [rows.descriptor])

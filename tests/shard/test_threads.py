@@ -1,0 +1,111 @@
+"""Threads of a shard that meet what nobody foresaw: who waits for them is told, and they serve the next."""
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from engrid.rpc.stalls import StallWatch
+from engrid.shard import sealed
+from engrid.shard.handover import Handover
+from engrid.shard.sealed import SealedRows
+from tests.shards import table
+
+
+def asked(handover):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        client.connect(str(handover.path))
+        client.sendall(json.dumps({"instance": handover.instance, "table": "s@1", "partition": 0}).encode() + b"\n")
+        return json.loads(client.makefile().readline())
+
+
+def test_a_handover_that_fails_is_told_and_the_next_is_served():
+    def find(key):
+        if not failed:
+            failed.append(key)
+            raise RuntimeError("a fault of ours")
+        return rows
+
+    failed, rows = [], SealedRows(table("s@1", rows=4, optimizer=None), 0, 4)
+    handover = Handover(find)
+    try:
+        assert "a fault of ours" in asked(handover)["message"]
+        assert asked(handover) == {"start": 0, "stop": 4}
+    finally:
+        handover.close()
+
+
+def test_a_handover_for_which_there_is_no_descriptor_is_not_the_last(monkeypatch, caplog):
+    """accept fails then; it is not closed."""
+    monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 0.01)
+    rows = SealedRows(table("s@1", rows=4, optimizer=None), 0, 4)
+    real, none_left = socket.socket.accept, [OSError(24, "Too many open files")]
+
+    def accept(self):
+        if none_left:
+            raise none_left.pop()
+        return real(self)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 0.01)
+    with caplog.at_level(logging.WARNING):
+        handover = Handover(lambda key: rows)
+        monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 1.0)
+        try:
+            assert asked(handover) == {"start": 0, "stop": 4}
+        finally:
+            handover.close()
+    assert "Too many open files" in caplog.text
+
+
+def test_a_call_that_cannot_be_ended_does_not_keep_others_from_being_watched():
+    watch, ended = StallWatch(0.02), threading.Event()
+
+    def fails():
+        raise RuntimeError("a fault of gRPC's")
+
+    with contextlib.ExitStack() as calls:
+        for cancel in (fails, ended.set):
+            calls.enter_context(watch.over(cancel, 0.01)).waits()
+        assert ended.wait(5)
+    watch.close()
+
+
+@pytest.mark.parametrize("fails", ["collapse", "start"])
+def test_rows_for_which_no_huge_pages_are_made_are_served(monkeypatch, caplog, fails):
+    def no(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    if fails == "collapse":
+        monkeypatch.setattr(sealed, "collapse", no)
+    rows = SealedRows(table("s@1", rows=4, width=1, optimizer=None), 0, 4)
+    rows.write(0, np.arange(4, dtype=np.float32).tobytes())
+    with caplog.at_level(logging.WARNING):
+        with monkeypatch.context() as patched:
+            if fails == "start":
+                patched.setattr(threading.Thread, "start", no)
+            rows.seal()
+        for thread in threading.enumerate():
+            if thread.name == "engrid huge pages":
+                thread.join(5)
+    assert "small pages" in caplog.text
+    assert (rows.raw(0, 4).view(np.float32)[:, 0] == np.arange(4)).all()
+
+
+def test_rows_that_cannot_be_mapped_can_be_sent_again(monkeypatch):
+    rows = SealedRows(table("s@1", rows=4, width=1, optimizer=None), 0, 4)
+    raw = np.arange(4, dtype=np.float32).tobytes()
+    rows.write(0, raw)
+    with monkeypatch.context() as patched:
+        patched.setattr(sealed, "mapped", lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
+        with pytest.raises(OSError, match="Cannot allocate"):
+            rows.seal()
+    assert not rows.loaded
+    rows.write(0, raw)
+    rows.seal()
+    assert rows.loaded
