@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from engrid.rpc.stalls import StallWatch
-from engrid.shard import sealed
+from engrid.shard import checkpointing, sealed
 from engrid.shard.handover import Handover
 from engrid.shard.sealed import SealedRows
+from engrid.v1 import memory_pb2 as pb
+from tests.shard.shells import push, rows_of, shell
 from tests.shards import table
 
 
@@ -109,3 +111,25 @@ def test_rows_that_cannot_be_mapped_can_be_sent_again(monkeypatch):
     rows.write(0, raw)
     rows.seal()
     assert rows.loaded
+
+
+def test_a_save_that_fails_gives_back_what_it_held(tmp_path, monkeypatch):
+    """Its snapshots, which pushes pay for, and its turn."""
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        push(service)
+        (tmp_path / "p" / "tables").mkdir(parents=True)
+        request = pb.CheckpointRequest(
+            run="r", attempt=1, step=1, tables=["t"], folder=str(tmp_path), partial="p", wait=5
+        )
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpointing, "save_snapshot", lambda *_, **__: (_ for _ in ()).throw(MemoryError("none")))
+            messages = service.checkpointing.save(request, lambda end: True)
+            assert next(messages).begun
+            with pytest.raises(MemoryError):
+                next(messages)
+        assert rows_of(service).snapshot is None
+        messages = service.checkpointing.save(request, lambda end: True)
+        assert next(messages).begun
+        assert len(next(messages).partitions) == 2
+        messages.close()
+        assert not service.saving.locked()
