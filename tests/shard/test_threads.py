@@ -1,9 +1,7 @@
 """Threads of a shard that meet what nobody foresaw: who waits for them is told, and they serve the next."""
 
 import contextlib
-import json
 import logging
-import socket
 import threading
 
 import numpy as np
@@ -11,58 +9,10 @@ import pytest
 
 from engrid.rpc.stalls import StallWatch
 from engrid.shard import checkpointing, sealed
-from engrid.shard.handover import Handover
 from engrid.shard.sealed import SealedRows
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import push, rows_of, shell
 from tests.shards import table
-
-
-def asked(handover):
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(5)
-        client.connect(str(handover.path))
-        client.sendall(json.dumps({"instance": handover.instance, "table": "s@1", "partition": 0}).encode() + b"\n")
-        return json.loads(client.makefile().readline())
-
-
-def test_a_handover_that_fails_is_told_and_the_next_is_served():
-    def find(key):
-        if not failed:
-            failed.append(key)
-            raise RuntimeError("a fault of ours")
-        return rows
-
-    failed, rows = [], SealedRows(table("s@1", rows=4, optimizer=None), 0, 4)
-    handover = Handover(find)
-    try:
-        assert "a fault of ours" in asked(handover)["message"]
-        assert asked(handover) == {"start": 0, "stop": 4}
-    finally:
-        handover.close()
-
-
-def test_a_handover_for_which_there_is_no_descriptor_is_not_the_last(monkeypatch, caplog):
-    """accept fails then; it is not closed."""
-    monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 0.01)
-    rows = SealedRows(table("s@1", rows=4, optimizer=None), 0, 4)
-    real, none_left = socket.socket.accept, [OSError(24, "Too many open files")]
-
-    def accept(self):
-        if none_left:
-            raise none_left.pop()
-        return real(self)
-
-    monkeypatch.setattr(socket.socket, "accept", accept)
-    monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 0.01)
-    with caplog.at_level(logging.WARNING):
-        handover = Handover(lambda key: rows)
-        monkeypatch.setattr("engrid.shard.handover.REQUEST_SECONDS", 1.0)
-        try:
-            assert asked(handover) == {"start": 0, "stop": 4}
-        finally:
-            handover.close()
-    assert "Too many open files" in caplog.text
 
 
 def test_a_call_that_cannot_be_ended_does_not_keep_others_from_being_watched():

@@ -32,7 +32,7 @@ class ShardServer:
             opened.callback(self._directory.close)
             service = self._service = ShardService(config)
             opened.callback(service.close)
-            handover = _open_handover(service) if config.shared_memory else None
+            handover = self.handover = _open_handover(service) if config.shared_memory else None
             servicer = MemoryServicer(service, handover)
             self._rpc = RpcServer(
                 config.listen,

@@ -167,7 +167,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         reply = self._service.describe()
-        if self._handover is not None:
+        if self._handover is not None and self._handover.serves:
             reply.local_socket, reply.instance = str(self._handover.path), self._handover.instance
         return reply
 

@@ -58,6 +58,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Raises CheckpointError where tables and partitions do not make a whole, ValueError where a field is of no use."""
+        self._check_fields()
+        self._check_whole()
+
+    def _check_fields(self) -> None:
         for name in ("run", "base"):
             check_text(name, getattr(self, name))
         for name in ("attempt", "step"):
@@ -69,6 +73,8 @@ class Manifest:
                 raise ValueError(f"table {spec.name} is filed under {name!r}; use its own name")
         for path in self.files:
             check_path("file", path)
+
+    def _check_whole(self) -> None:
         for saved in self.partitions:
             where = f"{saved.table}[{saved.index}]"
             if saved.table not in self.tables:

@@ -292,6 +292,14 @@ def restore(disk: Disk, folder: str, saved: SavedPartition, start: int, stop: in
                 at = first + saved.start - start
                 target[at : at + len(data)] = _typed(data, target)
         return
+    ids = _ids(disk, folder, saved)
+    begin, end = (int(at) for at in np.searchsorted(ids, (low, high)))
+    for name, target in into.items():
+        for first, data in _read(disk, folder, saved, name, begin, end):
+            target[ids[first : first + len(data)] - start] = _typed(data, target)
+
+
+def _ids(disk: Disk, folder: str, saved: SavedPartition) -> npt.NDArray[np.int64]:
     ids = np.empty(saved.rows, np.int64)
     for first, data in _read(disk, folder, saved, "ids", 0, saved.rows):
         ids[first : first + len(data)] = _typed(data, ids)
@@ -299,10 +307,7 @@ def restore(disk: Disk, folder: str, saved: SavedPartition, start: int, stop: in
         raise _damaged(
             f"{folder}/{saved.arrays['ids'].path}", f"holds ids that do not rise in {saved.start}..{saved.stop}"
         )
-    begin, end = (int(at) for at in np.searchsorted(ids, (low, high)))
-    for name, target in into.items():
-        for first, data in _read(disk, folder, saved, name, begin, end):
-            target[ids[first : first + len(data)] - start] = _typed(data, target)
+    return ids
 
 
 def _typed(data: Bytes, like: Array) -> Array:
