@@ -80,14 +80,20 @@ def test_other_runs_go_on_meanwhile_and_the_log_brings_all_of_it_back(tmp_path):
         assert (look(service, name="t") == -1).all(), "the step was in the log"
 
 
-def test_a_shard_that_gets_no_memory_for_long_ends(monkeypatch):
+@pytest.mark.parametrize("log", [True, False])
+def test_a_shard_that_gets_no_memory_for_long_ends_if_its_log_has_the_step(log, tmp_path, monkeypatch):
     monkeypatch.setattr(applying, "PATIENCE", 0.0)
-    with shell() as service:
-        Fails(rows_of(service).rows, "apply", MemoryError(), times=100)
-        with pytest.raises(OutOfMemoryError):
+    with shell(tmp_path if log else None) as service:
+        Fails(rows_of(service).rows, "apply", MemoryError(), times=applying.TRIES)
+        for _ in range(applying.TRIES - log):
+            with pytest.raises(OutOfMemoryError):
+                push(service)
+        if log:
+            with pytest.raises(ShardUnavailableError, match="cannot go on and ends: there was no memory for"):
+                push(service)
+        else:
             push(service)
-        with pytest.raises(ShardUnavailableError, match="cannot go on and ends: there was no memory for"):
-            push(service)
+            assert (look(service) == -1).all()
 
 
 def test_a_snapshot_that_could_not_save_a_row_is_given_up_and_the_step_applied(tmp_path):

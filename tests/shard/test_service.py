@@ -16,6 +16,7 @@ from engrid.rpc.errors import (
 )
 from engrid.rpc.frames import ids_to_bytes
 from engrid.shard import loading
+from engrid.shard import service as service_module
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import (
     SPEC,
@@ -319,6 +320,30 @@ def test_a_step_that_hangs_ends_the_waits_for_it_by_their_deadlines():
         pushed.result()
 
 
+def test_the_lock_itself_is_not_waited_for_longer_than_the_caller_waits(monkeypatch):
+    """A write to a disk that hangs keeps it."""
+    monkeypatch.setattr(service_module, "CONTROL_SECONDS", 0.05)
+    with shell() as service:
+        held = Held(service.journal, "push")
+        hanging = Call(lambda: push(service))
+        held.wait()
+        for call in (
+            lambda: push(service, deadline=soon(0.05)),
+            lambda: commit(service, deadline=soon(0.05)),
+            lambda: look(service, step=1, seconds=0.05),
+            lambda: service.begin_run("q", 1, 1, ["t"], deadline=soon(0.05)),
+            lambda: load(service, 66, deadline=soon(0.05)),
+            lambda: service.adopt(placement(2), check_only=True, deadline=soon(0.05)),
+            service.describe,
+            lambda: service.pin(pb.PinRequest(reader="me", seconds=1)),
+        ):
+            with pytest.raises(DeadlineExceededError, match="held up, as by a disk that hangs"):
+                call()
+        assert (look(service) == 0).all(), "what needs no lock is answered"
+        held.go()
+        hanging.result()
+
+
 # -- a request against itself
 
 
@@ -360,6 +385,17 @@ def test_numbers_that_nobody_could_count_up_from_are_refused():
         with pytest.raises(BadRequestError, match="step is"):
             commit(service, step=2**64 - 1)
         push(service)
+
+
+def test_a_request_that_names_no_table_is_refused(tmp_path):
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        for call in (
+            lambda: service.begin_run("r", 2, 1, [], deadline=soon()),
+            lambda: next(service.checkpointing.save(pb.CheckpointRequest(folder=str(tmp_path)), lambda end: True)),
+            lambda: service.checkpointing.restore(pb.RestoreRequest(folder=str(tmp_path), attempt=1), deadline=soon()),
+        ):
+            with pytest.raises(BadRequestError, match="names 0 tables"):
+                call()
 
 
 def test_a_load_whose_chunks_name_other_partitions_is_refused():

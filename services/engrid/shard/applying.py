@@ -2,8 +2,8 @@
 
 An update takes all its memory before it writes anything, so one that fails for want of memory has changed nothing. It is
 kept, and the next request that has to wait for it tries it again: the answers until then are OutOfMemoryError, and the
-step is applied once, as soon as there is memory. If there is none for `PATIENCE`, or an update fails in the middle, or of
-anything else, the shard cannot go on: its log holds the step, and a start applies it.
+step is applied once, as soon as there is memory. If there is none for `PATIENCE` and a log holds the step, or an update
+fails in the middle, or of anything else, the shard cannot go on: a start applies the step from the log.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from .gate import Gate
 from .messages import Apply
 from .rows import ShardRows
 
-PATIENCE = 30.0
-"""Seconds during which an update that found no memory is tried again before the shard ends."""
+PATIENCE, TRIES = 30.0, 3
+"""Seconds and tries in which an update found no memory, after which a shard that has a log ends."""
 
 
 class Applying:
     """Carries out what one shard's state machine decided."""
 
-    def __init__(self, shard: str, rows: ShardRows, gate: Gate, on_applied: Callable[[Apply, int], None]) -> None:
-        """on_applied: takes, under the gate's lock, what was applied and how many rows it touched."""
+    def __init__(
+        self, shard: str, rows: ShardRows, gate: Gate, on_applied: Callable[[Apply, int], None], *, lives_on: bool
+    ) -> None:
+        """on_applied: takes, under the gate's lock, what was applied and how many rows it touched. lives_on: a log brings
+        back what the process had."""
+        self._lives_on = lives_on
         self._shard, self._rows, self._gate, self._on_applied = shard, rows, gate, on_applied
         self._left: list[Apply] = []
-        self._since = 0.0
-        """When the first of them failed."""
+        self._since, self._tries = 0.0, 0
+        """When the first of them failed, and how often any has."""
 
     @property
     def has_left(self) -> bool:
@@ -73,7 +77,7 @@ class Applying:
             with self._gate.stepped:
                 self._on_applied(apply, touched)
                 if not self._left:
-                    self._since = 0.0
+                    self._since, self._tries = 0.0, 0
                 self._gate.stepped.notify_all()
         except BaseException as error:  # noqa: BLE001 - rows and state machine differ now, whatever it was
             self._fail(apply, error)
@@ -81,11 +85,11 @@ class Applying:
     def _leave(self, apply: Apply, why: str) -> None:
         now = time.monotonic()
         with self._gate.stepped:
-            self._since = self._since or now
+            self._since, self._tries = self._since or now, self._tries + 1
             self._left.append(apply)
             self._gate.stepped.notify_all()
-            waited = now - self._since
-        if waited > PATIENCE:
+            hopeless = self._lives_on and self._tries >= TRIES and now - self._since > PATIENCE
+        if hopeless:
             self._gate.fail(f"there was no memory for {PATIENCE:g} s to apply {why}")
 
     def _fail(self, apply: Apply, error: BaseException) -> None:

@@ -44,6 +44,8 @@ from .sealed import SealedRows
 from .state_folder import StateFolder
 
 EXPORT_CHUNK_BYTES = 1 << 20
+CONTROL_SECONDS = 10.0
+"""For which a call that only asks waits for the lock, which a disk that hangs may keep."""
 
 
 @dataclass
@@ -76,7 +78,8 @@ class ShardService:
         self.gate = Gate(config.name)
         """The lock that the state machine is asked under."""
         self._stepped = self.gate.stepped
-        self._applying = Applying(config.name, self._rows, self.gate, self._applied)
+        lives_on = self.journal.log is not None
+        self._applying = Applying(config.name, self._rows, self.gate, self._applied, lives_on=lives_on)
         self._adopting = threading.Lock()
         self.saving = threading.Lock()
         """Held by whoever has snapshots of partitions; there can be one of each."""
@@ -91,7 +94,6 @@ class ShardService:
     def lookup(self, request: Request, deadline: float, cancelled: Callable[[], bool]) -> bytes:
         """The LookupReply, rows gathered into it. deadline: on time.monotonic()'s clock."""
         ids = [ids_from_bytes(item.row_ids, f"row ids of {item.table}") for item in request.tables]
-        self._tables(request)
         while True:
             if request.step:
                 self._wait_for_step(request, deadline, cancelled)
@@ -99,9 +101,10 @@ class ShardService:
                 raise DeadlineExceededError(f"shard {self.config.name}: the request's time was spent before the gather")
             states, tables = self._states(request), self._tables(request)
             reply = self._gather(request, tables, ids)
-            self._tables(request)
             if list(map(id, self._states(request))) == list(map(id, states)):
                 break  # else other rows came meanwhile: some may be of the old ones, some of the new
+        if request.run:
+            self._tables(request)  # a run that began meanwhile changes the rows that are there
         self.counters.lookups += 1
         self.counters.rows += sum(map(len, ids))
         self.counters.bytes += sum(
@@ -148,7 +151,7 @@ class ShardService:
             self._tables(request)
             return min((self._core.reached(item.table) for item in request.tables), default=request.step)
 
-        with self._stepped:
+        with self.gate.locked(deadline):
             left = max(0.0, min(deadline - time.monotonic(), LONGEST_WAIT))
             self._stepped.wait_for(lambda: cancelled() or reached() >= request.step, left)
             if cancelled():
@@ -170,7 +173,7 @@ class ShardService:
 
     def begin_run(self, run: str, attempt: int, workers: int, tables: list[str], *, deadline: float) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
-        requests.check_begin_run(attempt, workers)
+        requests.check_begin_run(attempt, workers, tables)
         with self.gate.hold(self.loading, deadline, "rows that are being loaded"):
             with self.at_rest(deadline):
                 for table in tables:
@@ -257,7 +260,7 @@ class ShardService:
 
     def _wait_until_applied(self, run: str, deadline: float) -> None:
         while True:
-            with self._stepped:
+            with self.gate.locked(deadline):
                 self.gate.wait_for(
                     lambda: self._applying.has_left or not self._core.is_applying_of(run), deadline, f"run {run}'s step"
                 )
@@ -316,7 +319,7 @@ class ShardService:
     def adopt(self, placement: Placement, *, check_only: bool, deadline: float) -> int:
         """Serves the placement from now on; returns the bytes held under it. Refused: nothing changes."""
         with self.gate.hold(self._adopting, deadline, "another placement"):
-            with self._stepped:
+            with self.gate.locked(deadline):
                 adoption = self._core.plan_adoption(placement, time.monotonic())
             if adoption is None:
                 return self._rows.nbytes
@@ -362,7 +365,7 @@ class ShardService:
 
     def describe(self) -> pb.DescribeReply:
         """The newest placement and where each partition stands."""
-        with self._stepped:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             placement = self._core.placement
             reply = pb.DescribeReply(
                 shard=self.config.name,
@@ -388,7 +391,7 @@ class ShardService:
 
     def pin(self, request: pb.PinRequest) -> None:
         """See ShardCore.pin."""
-        with self._stepped:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             self._core.pin(request.reader, list(request.tables), request.seconds, time.monotonic())
 
     # -- whole partitions
