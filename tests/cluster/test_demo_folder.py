@@ -26,7 +26,7 @@ def test_a_demo_that_is_cut_off_leaves_all_but_a_corpus_as_it_was(tmp_path):
     (work / "corpus-2").mkdir()
     assert contents(work)["corpus-1/train.npy"] == "first", "what was learned is not learned again"
     assert {name: each for name, each in contents(tmp_path).items() if "unfinished" not in name} == before
-    give_up(work, tmp_path)
+    give_up(tmp_path)
     assert contents(tmp_path) == before
     assert (tmp_path / "corpus-2").is_dir()
 

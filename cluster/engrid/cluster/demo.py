@@ -66,26 +66,32 @@ def run_demo(config: ClusterConfig, out: Path, *, steps: int | None, seed: int, 
     """
     require("ray", "torch", "tokenizers", "safetensors", "matplotlib")
     started = time.monotonic()
-    with console.status("starting the cluster") as status:
-        record = up(config, status.update)
-    work = begin(out)
+    record, finished = None, False
     try:
+        with console.status("starting the cluster") as status:
+            record = up(config, status.update)
+        work = begin(out)
         result, traces, training = _measure(record, work, console, steps=steps, seed=seed)
-    except BaseException:
-        with interrupts.uninterrupted():
-            give_up(work, out)
-        if (out / "demo.json").exists():
-            console.print(f"cut off; {out} holds what the demo before this one left", style="yellow", highlight=False)
-        raise
+        finished = True
     finally:
-        with console.status("stopping the cluster"):
-            down(config.run_dir)
+        if record is not None:
+            with console.status("stopping the cluster"):
+                down(config.run_dir)
+            if not finished:
+                _leave_as_it_was(out, console)
     result.seconds = time.monotonic() - started
     result.engram["checkpoint"] = str(settle(work, out) / Path(result.engram["checkpoint"]).name)
     (out / "demo.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     draw_curves(out / "curves.png", result.engram, result.plain, training)
     _report(console, result, traces, out)
     return result
+
+
+def _leave_as_it_was(out: Path, console: Console) -> None:
+    with interrupts.uninterrupted():
+        give_up(out)
+    if (out / "demo.json").exists():
+        console.print(f"cut off; {out} holds what the demo before this one left", style="yellow", highlight=False)
 
 
 def _measure(

@@ -36,8 +36,9 @@ def settle(work: Path, out: Path) -> Path:
     return out / FOLDER
 
 
-def give_up(work: Path, out: Path) -> None:
+def give_up(out: Path) -> None:
     """Removes what a demo that was cut off has written; what the one before it left stays, and a corpus is kept."""
+    work = out / UNFINISHED
     _keep_corpora(work, out)
     shutil.rmtree(work, ignore_errors=True)
 
