@@ -31,10 +31,12 @@ trailing metadata, so both arrive as the same exception.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from engrid.v1 import memory_pb2 as pb
 
@@ -106,7 +108,7 @@ class ExpectedError(StaleError):
 
 
 class FencedError(StaleError):
-    """A newer attempt of the run has begun. This process must stop training."""
+    """A newer attempt of the run has begun, or another process holds this one. This process must stop training."""
 
     def __init__(self, message: str, *, attempt: int = 0) -> None:
         super().__init__(message)
@@ -235,7 +237,8 @@ def from_rpc(error: grpc.RpcError, peer: str) -> EngridError:
     """The exception of a failed call to `peer` (shard name and address, for the message)."""
     for key, value in cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ()):
         if key == TRAILER:
-            return from_message(pb.Error.FromString(value))
+            with suppress(DecodeError):  # somebody else's trailer of that name: the status says what there is to say
+                return from_message(pb.Error.FromString(value))
     kind = _BY_STATUS.get(error.code())
     text = f"{peer}: {error.details()}"
     return kind(text) if kind else EngridError(f"{text} ({error.code().name})")
