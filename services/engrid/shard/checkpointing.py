@@ -177,7 +177,7 @@ class Checkpointing:
             tables = list(request.tables)
             self._check_tables(chain[-1], tables)
             with self._service.loading:
-                keys = self._take_out(chain[-1], tables, request.attempt, time.monotonic() + request.wait)
+                keys = self._take_out(chain[-1], tables, request, time.monotonic() + request.wait)
                 rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
                 self._service.keep_loaded_rows()
         return rows
@@ -193,10 +193,13 @@ class Checkpointing:
                     f"checkpoint {manifest.name} is not of table {table} as it is: their specs differ"
                 )
 
-    def _take_out(self, manifest: Manifest, tables: list[str], attempt: int, deadline: float) -> list[PartitionKey]:
+    def _take_out(
+        self, manifest: Manifest, tables: list[str], request: pb.RestoreRequest, deadline: float
+    ) -> list[PartitionKey]:
         """Closes the partitions to pushes and lookups, and lets go of their rows."""
         with self._stepped:
-            while (keys := self._core.to_restore(manifest.run, attempt, tables)) is None:
+            attempt, token = request.attempt, request.token
+            while (keys := self._core.to_restore(manifest.run, attempt, tables, token)) is None:
                 if not self._stepped.wait(deadline - time.monotonic()):
                     raise DeadlineExceededError(
                         f"shard {self._name} was still applying a push when the restore's time was over; try again"

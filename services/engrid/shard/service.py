@@ -140,14 +140,14 @@ class ShardService:
 
     # -- training
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str]) -> int:
+    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str], token: str = "") -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
         with self.loading:
             with self.at_rest():
                 for table in tables:
                     if self._core.empty(table):
                         refuse_empty(self.config.name, table)
-                step, record = self.journal.begin_run(run, attempt, workers, tables)
+                step, record = self.journal.begin_run(run, attempt, workers, tables, token)
             self.journal.wait_durable(record)
             return step
 

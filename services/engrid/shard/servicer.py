@@ -22,6 +22,9 @@ from .stream import LookupStream
 
 T = TypeVar("T")
 
+MAX_TOKEN = 1024
+"""Characters of what tells an attempt's beginner from others."""
+
 
 def add_to_server(servicer: MemoryServicer, server: grpc.Server) -> None:
     """The generated registration, but for Lookup, whose messages are read and written by hand (rpc/wire.py)."""
@@ -87,11 +90,15 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         return pb.CommitReply()
 
     def BeginRun(self, request: pb.BeginRunRequest, context: grpc.ServicerContext) -> pb.BeginRunReply:
-        step = self._run(
-            context,
-            lambda: self._service.begin_run(request.run, request.attempt, request.workers, list(request.tables)),
-        )
-        return pb.BeginRunReply(step=step)
+        def begin() -> int:
+            if not 0 < len(request.token) <= MAX_TOKEN:
+                raise BadRequestError(
+                    f"a run is begun with a token of 1 to {MAX_TOKEN} characters that nobody else has"
+                )
+            tables = list(request.tables)
+            return self._service.begin_run(request.run, request.attempt, request.workers, tables, request.token)
+
+        return pb.BeginRunReply(step=self._run(context, begin))
 
     def Adopt(self, request: pb.AdoptRequest, context: grpc.ServicerContext) -> pb.AdoptReply:
         def adopt() -> int:
