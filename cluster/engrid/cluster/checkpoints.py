@@ -64,7 +64,8 @@ def restore(
 ) -> None:
     """Put a checkpoint's rows and optimizer state into the live tables, over the shards there are now."""
     from engrid.client import MemoryClient
-    from engrid.client.checkpoints import newest_attempt, restore_tables
+    from engrid.client.attempts import newest_attempt
+    from engrid.client.checkpoints import restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
     from .cli import console, told, where

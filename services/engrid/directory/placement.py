@@ -29,7 +29,6 @@ from engrid.tables import TableSpec, check_keys
 from .errors import PlacementError
 from .versions import Version, check_version, versions_from_json
 
-
 MOST_EPOCH = 1 << 63
 """What travels as 64 bits, and what Redis counts to."""
 

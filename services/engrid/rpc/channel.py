@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import grpc
 
+from .forks import check_not_forked, never_freed_in_a_child
+
 MAX_MESSAGE_BYTES = 64 << 20
 """Largest message either side takes, in bytes. Lookups stay near 1 MiB; a push carries one worker's step."""
 
@@ -38,11 +40,11 @@ def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_LIMITS,
-    # A client must find a restarted shard within a second, not after gRPC's default of up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 50),
+    # A client must find a restarted shard at once, not after gRPC's default of up to two minutes. gRPC takes no less.
+    ("grpc.initial_reconnect_backoff_ms", 100),
     # How long one attempt may take, in spite of its name: a shard on a busy machine needs more than a moment.
     ("grpc.min_reconnect_backoff_ms", 5000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 100),
     # One connection per channel object: closing a client closes what it opened, nothing shared.
     ("grpc.use_local_subchannel_pool", 1),
     # http_proxy and the like are for the web: a proxy would refuse what goes from process to process of ours, or hang.
@@ -51,8 +53,11 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 
 def open_channel(address: str) -> grpc.Channel:
-    """A plaintext channel to host:port. Lazy: connects on first use."""
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    """A plaintext channel to host:port. Lazy: connects on first use. Raises ForkedError in a child that cannot have one."""
+    check_not_forked()
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    never_freed_in_a_child(channel)
+    return channel
 
 
 @contextmanager

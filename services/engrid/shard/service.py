@@ -168,7 +168,9 @@ class ShardService:
 
     # -- training
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str], *, deadline: float) -> int:
+    def begin_run(
+        self, run: str, attempt: int, workers: int, tables: list[str], token: str = "", *, deadline: float
+    ) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
         requests.check_begin_run(attempt, workers)
         with self.gate.hold(self.loading, deadline, "rows that are being loaded"):
@@ -177,7 +179,7 @@ class ShardService:
                     if self._core.empty(table):
                         refuse_empty(self.config.name, table)
                 with self._deciding("a run begun"):
-                    step, record = self.journal.begin_run(run, attempt, workers, tables)
+                    step, record = self.journal.begin_run(run, attempt, workers, tables, token)
             self.journal.wait_durable(record)
             return step
 

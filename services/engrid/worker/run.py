@@ -174,7 +174,7 @@ class _Setup:
         return Saver(
             Path(config.out) / FOLDER,
             run=self.start.identity,
-            attempt=self.start.attempt,
+            attempt=self.start.attempt.number,
             about=about(config, corpus.digest, place.workers),
             tokenizer=corpus.tokenizer.to_str(),
             client=self.client,
@@ -213,7 +213,6 @@ class _Setup:
         names = {layer: table_name(config.run, layer) for layer in self.specs}
         rows = RemoteRows(self.client, config.model.engram, names, device=device)
         step = rows.begin(
-            run=self.start.identity,
             attempt=self.start.attempt,
             worker=place.rank,
             workers=place.workers,
