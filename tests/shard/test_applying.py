@@ -49,6 +49,18 @@ def test_a_step_for_which_there_was_no_memory_is_applied_once_when_it_is_sent_ag
         assert (look(service) == -2).all()
 
 
+def test_a_decision_is_not_lost_with_the_thread_that_asked_for_it(monkeypatch):
+    with shell() as service:
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                service, "_finish", lambda *_, **__: (_ for _ in ()).throw(MemoryError("between two lines"))
+            )
+            with pytest.raises(MemoryError):
+                push(service)
+        assert push(service) == [False, False]
+        assert (look(service, step=1) == -1).all()
+
+
 def test_a_commit_sent_again_applies_what_found_no_memory():
     with shell() as service:
         push(service, hold=True)
@@ -80,14 +92,20 @@ def test_other_runs_go_on_meanwhile_and_the_log_brings_all_of_it_back(tmp_path):
         assert (look(service, name="t") == -1).all(), "the step was in the log"
 
 
-def test_a_shard_that_gets_no_memory_for_long_ends(monkeypatch):
+@pytest.mark.parametrize("log", [True, False])
+def test_a_shard_that_gets_no_memory_for_long_ends_if_its_log_has_the_step(log, tmp_path, monkeypatch):
     monkeypatch.setattr(applying, "PATIENCE", 0.0)
-    with shell() as service:
-        Fails(rows_of(service).rows, "apply", MemoryError(), times=100)
-        with pytest.raises(OutOfMemoryError):
+    with shell(tmp_path if log else None) as service:
+        Fails(rows_of(service).rows, "apply", MemoryError(), times=applying.TRIES)
+        for _ in range(applying.TRIES - log):
+            with pytest.raises(OutOfMemoryError):
+                push(service)
+        if log:
+            with pytest.raises(ShardUnavailableError, match="cannot go on and ends: there was no memory for"):
+                push(service)
+        else:
             push(service)
-        with pytest.raises(ShardUnavailableError, match="cannot go on and ends: there was no memory for"):
-            push(service)
+            assert (look(service) == -1).all()
 
 
 def test_a_snapshot_that_could_not_save_a_row_is_given_up_and_the_step_applied(tmp_path):
@@ -199,17 +217,36 @@ def test_a_base_whose_thread_dies_gives_back_what_it_held_and_is_told(tmp_path, 
 
 
 def test_pushes_behind_a_base_that_hangs_end_by_their_deadline(tmp_path):
+    """Else a start would replay without bound."""
     with shell(tmp_path, log_bytes=1) as service:
         service._bases.close()
-        held = Held(service.journal, "capture")
+        held = Held(service.journal, "wait_durable")
         push(service)
         held.wait()
-        push_twice = Call(lambda: push(service, seq=2, step=2, deadline=soon(0.1)))
-        with pytest.raises(DeadlineExceededError):
-            push_twice.result()
+        end = service.journal.log.last
+        with pytest.raises(DeadlineExceededError, match="takes no push before its log can be cut"):
+            push(service, seq=2, step=2, deadline=soon(0.1))
+        assert service.journal.log.last == end, "nothing was taken"
         held.go()
         push(service, seq=2, step=2)
         assert (look(service) == -2).all()
+
+
+def test_what_waits_when_the_shard_is_stopped_is_told_at_once():
+    """The process could not end before them."""
+    with shell() as service:
+        held = Held(rows_of(service), "apply")
+        pushed = Call(lambda: push(service))
+        held.wait()
+        waiting = [Call(lambda: push(service)), Call(lambda: adopt(service, placement(2)))]
+        assert not waiting[0].ends_within(0.05)
+        service.close()
+        for each in waiting:
+            with pytest.raises(ShardUnavailableError, match="is being stopped"):
+                each.result()
+        held.go()
+        with pytest.raises(ShardUnavailableError, match="is being stopped"):
+            pushed.result()
 
 
 # -- a process

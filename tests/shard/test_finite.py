@@ -118,6 +118,18 @@ def test_what_was_taken_is_applied_alike_after_a_start_and_what_is_too_large_ref
         push(service, seq=3, step=3)
 
 
+@pytest.mark.parametrize("based", [True, False])
+def test_a_start_knows_how_large_the_weights_are(based, tmp_path):
+    """Each push is small enough for weights that are zero."""
+    with shell(tmp_path, SGD) as service:
+        for step in range(1, 6):
+            push(service, seq=step, step=step, value=-6e37, ids=[0])
+        if based:
+            service._bases.make()
+    with shell(tmp_path, SGD) as service, pytest.raises(NotFiniteError):
+        push(service, seq=6, step=6, value=-6e37, ids=[0])
+
+
 def test_ordinary_pushes_are_not_computed_twice(monkeypatch):
     monkeypatch.setattr(RowTable, "try_update", None)
     with shell(None, ADAM, workers=2) as service:

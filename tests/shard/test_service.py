@@ -1,11 +1,14 @@
 """The shell around the state machine: what is answered when, what is looked at again after a wait, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 
 from engrid.rpc.errors import (
     BadRequestError,
     DeadlineExceededError,
+    DiskFullError,
     ExpectedError,
     PinnedError,
     RunMismatchError,
@@ -16,8 +19,15 @@ from engrid.rpc.errors import (
 )
 from engrid.rpc.frames import ids_to_bytes
 from engrid.shard import loading
+from engrid.shard import service as service_module
+from engrid.storage.checkpoint import Checkpoints
+from engrid.storage.disk import LocalDisk
+from engrid.storage.errors import CheckpointError
+from engrid.storage.manifest import Manifest
+from engrid.storage.partition import SavedPartition
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import (
+    SECONDS,
     SPEC,
     Call,
     Held,
@@ -159,6 +169,20 @@ def test_rows_that_are_replaced_while_they_are_gathered_are_not_served_by_halves
             assert (looking.result() == 66).all()
 
 
+def test_a_run_that_begins_while_rows_are_gathered_does_not_answer_for_another():
+    """Its rows are the same ones, changed by its step."""
+    with shell() as service:
+        push(service)
+        held = Held(rows_of(service, 1), "gather")
+        looking = Call(lambda: look(service, run="r"))
+        held.wait()
+        service.begin_run("q", 1, 1, ["t"], deadline=soon())
+        push(service, run="q", step=2)
+        held.go()
+        with pytest.raises(RunMismatchError, match="run q"):
+            looking.result()
+
+
 def test_rows_that_are_just_being_loaded_are_neither_served_nor_pushed_to(monkeypatch):
     monkeypatch.setattr(loading, "put", loading.put)
     with shell() as service:
@@ -238,7 +262,65 @@ def test_a_step_that_is_not_reached_is_named():
             look(service, step=2, seconds=0.05)
 
 
+def checkpoint(service, folder, step):
+    (folder / "p" / "tables").mkdir(parents=True, exist_ok=True)
+    request = pb.CheckpointRequest(
+        run="r", attempt=1, step=step, tables=["t"], folder=str(folder), partial="p", wait=SECONDS
+    )
+    return service.checkpointing.save(request, lambda end: True)
+
+
+def test_a_checkpoint_that_waits_for_a_step_of_rows_that_go_is_told_at_once(tmp_path):
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        waiting = Call(lambda: next(checkpoint(service, tmp_path, 1)))
+        assert not waiting.ends_within(0.1)
+        service.journal.core.loading(("t", 0))
+        service.gate.wake()
+        with pytest.raises(ShardUnavailableError, match="load a checkpoint"):
+            waiting.result()
+
+
+def test_a_restore_that_waited_is_not_carried_out_into_another_table(tmp_path):
+    """It would take out the rows, and then find that the checkpoint is of others."""
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        push(service)
+        messages = checkpoint(service, tmp_path, 1)
+        next(messages)
+        saved = [SavedPartition.from_json(json.loads(each)) for each in next(messages).partitions]
+        messages.close()
+        manifest = Manifest(
+            run="r", attempt=1, step=1, base="", tables={"t": SPEC}, partitions=saved, files={}, about={}
+        )
+        Checkpoints(LocalDisk(tmp_path)).publish("p", manifest)
+        request = pb.RestoreRequest(folder=str(tmp_path), name=manifest.name, tables=["t"], attempt=2, wait=SECONDS)
+        with service.loading:
+            waiting = Call(lambda: service.checkpointing.restore(request, deadline=soon()))
+            assert not waiting.ends_within(0.1)
+            adopt(service, placement(2, remade()))
+        with pytest.raises(CheckpointError, match="specs differ"):
+            waiting.result()
+        assert (look(service, epoch=2) == 0).all(), "its rows are there still"
+
+
+def test_a_load_for_whose_base_there_is_no_room_changes_nothing(tmp_path):
+    with shell(tmp_path) as service:
+        service.journal.disk.free_bytes = lambda: 0
+        with pytest.raises(DiskFullError, match="make room"):
+            load(service, 66)
+        assert (look(service, run="r") == 0).all()
+
+
 # -- the caller's time
+
+
+def test_a_free_lock_is_not_given_to_a_caller_that_has_given_up():
+    with shell() as service:
+        with (
+            pytest.raises(DeadlineExceededError, match="waited for a test"),
+            service.gate.hold(service.saving, soon(-1), "a test"),
+        ):
+            pytest.fail("it was carried out")
+        assert not service.saving.locked()
 
 
 def test_what_a_caller_has_given_up_is_not_carried_out():
@@ -295,6 +377,30 @@ def test_a_step_that_hangs_ends_the_waits_for_it_by_their_deadlines():
         pushed.result()
 
 
+def test_the_lock_itself_is_not_waited_for_longer_than_the_caller_waits(monkeypatch):
+    """A write to a disk that hangs keeps it."""
+    monkeypatch.setattr(service_module, "CONTROL_SECONDS", 0.05)
+    with shell() as service:
+        held = Held(service.journal, "push")
+        hanging = Call(lambda: push(service))
+        held.wait()
+        for call in (
+            lambda: push(service, deadline=soon(0.05)),
+            lambda: commit(service, deadline=soon(0.05)),
+            lambda: look(service, step=1, seconds=0.05),
+            lambda: service.begin_run("q", 1, 1, ["t"], deadline=soon(0.05)),
+            lambda: load(service, 66, deadline=soon(0.05)),
+            lambda: service.adopt(placement(2), check_only=True, deadline=soon(0.05)),
+            service.describe,
+            lambda: service.pin(pb.PinRequest(reader="me", seconds=1)),
+        ):
+            with pytest.raises(DeadlineExceededError, match="held up, as by a disk that hangs"):
+                call()
+        assert (look(service) == 0).all(), "what needs no lock is answered"
+        held.go()
+        hanging.result()
+
+
 # -- a request against itself
 
 
@@ -336,6 +442,17 @@ def test_numbers_that_nobody_could_count_up_from_are_refused():
         with pytest.raises(BadRequestError, match="step is"):
             commit(service, step=2**64 - 1)
         push(service)
+
+
+def test_a_request_that_names_no_table_is_refused(tmp_path):
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        for call in (
+            lambda: service.begin_run("r", 2, 1, [], deadline=soon()),
+            lambda: next(service.checkpointing.save(pb.CheckpointRequest(folder=str(tmp_path)), lambda end: True)),
+            lambda: service.checkpointing.restore(pb.RestoreRequest(folder=str(tmp_path), attempt=1), deadline=soon()),
+        ):
+            with pytest.raises(BadRequestError, match="names 0 tables"):
+                call()
 
 
 def test_a_load_whose_chunks_name_other_partitions_is_refused():

@@ -34,6 +34,12 @@ class ShardActor:
                 checkpoints=tuple(Path(folder) for folder in checkpoints),
             )
         )
+        self._server.when_failed(self._end)
+
+    def _end(self) -> None:
+        """A shard that cannot go on takes its process with it, so that Ray knows."""
+        self._server.stop()
+        os._exit(1)
 
     def address(self) -> str:
         """host:port it serves at."""

@@ -9,10 +9,13 @@ ones. A client that takes or sends one message in the time given is slow and is 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_log = logging.getLogger(__name__)
 
 LOOKS = 4
 """How often a call is looked at within its time; it is ended at most a quarter late."""
@@ -71,7 +74,7 @@ class StallWatch:
         flow = Flow(seconds)
         with self._lock:
             self._calls[flow] = cancel
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._watch, name="stalled-calls", daemon=True)
                 self._thread.start()
         try:
@@ -93,5 +96,8 @@ class StallWatch:
                 until = flow.until
                 if until is not None and until < now:
                     flow.goes_on()
-                    self._ended()
-                    cancel()
+                    try:
+                        self._ended()
+                        cancel()
+                    except Exception:  # noqa: BLE001 - the others must be watched all the same
+                        _log.exception("a stalled call could not be ended")

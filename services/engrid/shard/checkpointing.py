@@ -44,7 +44,7 @@ from engrid.v1 import memory_pb2 as pb
 from .folders import CheckpointFolders, check_name
 from .gate import LONGEST_WAIT
 from .messages import PartitionKey, PartitionState
-from .requests import check_count, check_wait
+from .requests import check_count, check_tables, check_wait
 from .rows import PartitionRows, refuse_empty
 from .saving import save_snapshot
 from .snapshot import ImageMemory, SnapshotGivenUpError
@@ -111,6 +111,7 @@ class Checkpointing:
         """See MemoryService.Checkpoint. on_end: takes what is to be called once the caller has gone away; False: it has."""
         deadline = time.monotonic() + min(check_wait(request.wait), LONGEST_WAIT)
         check_count("step", request.step)
+        check_tables(request.tables)
         if request.base:
             check_name("base", request.base)
         partial = check_name("partial", request.partial)
@@ -185,6 +186,7 @@ class Checkpointing:
         """See MemoryService.Restore; returns the rows of all partitions."""
         rest = min(time.monotonic() + check_wait(request.wait), deadline)
         check_count("attempt", request.attempt, 1)
+        check_tables(request.tables)
         checkpoints = Checkpoints(self._folders.disk(request.folder, check_name("checkpoint", request.name)))
         with self._disk_errors(f"could not read checkpoint {request.name}"):
             chain = checkpoints.chain(request.name)

@@ -70,9 +70,22 @@ class Gate:
             lock.release()
 
     @contextmanager
+    def locked(self, deadline: float) -> Iterator[None]:
+        """The lock alone, which a write to a disk that hangs may keep. Raises DeadlineExceededError."""
+        left = min(deadline - time.monotonic(), LONGEST_WAIT)
+        if not self.stepped.acquire(timeout=max(0.0, left)):
+            raise DeadlineExceededError(
+                f"shard {self._shard} is held up, as by a disk that hangs: the caller's time was over before its turn came"
+            )
+        try:
+            yield
+        finally:
+            self.stepped.release()
+
+    @contextmanager
     def open(self, deadline: float) -> Iterator[None]:
         """The lock, once nobody wants the shard to stand still. Raises as `refuse_late`."""
-        with self.stepped:
+        with self.locked(deadline):
             self.wait_for(lambda: not self._pausing, deadline, "its turn")
             self.refuse_late(deadline, "its turn")
             yield

@@ -5,6 +5,9 @@
                 nothing happens    (disk full),               `durable`: after log.wait_durable(number)
                                    same
 
+Before a push comes to that, the shell makes sure that what it would have applied leaves neither NaN nor infinity
+(`unsure`): a push that is in the log is never refused again, nor does replay ask.
+
 Everything between the two ends happens under the shell's lock, so records lie in the log in the order in which the
 state machine took them. A start rebuilds the state from the newest base (base.py: rows, optimizer state and the state
 machine at one record) and hands the records behind it to the same state machine; as it knows no clock and no chance,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engrid.rpc.errors import BadRequestError
 from engrid.tables import check_learning_rate
 from engrid.v1 import memory_pb2 as pb
@@ -9,6 +11,7 @@ from engrid.v1 import memory_pb2 as pb
 from .core import MAX_NAME_BYTES
 
 MOST_WORKERS = 1 << 16
+MOST_TABLES = 1 << 14
 MOST_COUNT = 1 << 48
 """Of steps, attempts and pushes: each may be counted up from without leaving 64 bits, and JSON keeps it."""
 
@@ -19,8 +22,15 @@ def check_count(what: str, value: int, low: int = 0) -> None:
         raise BadRequestError(f"{what} is {value}; give a number from {low} to {MOST_COUNT}")
 
 
-def check_begin_run(attempt: int, workers: int) -> None:
+def check_tables(tables: Sequence[str]) -> None:
+    """Raises BadRequestError for none, or for more than a shard has."""
+    if not 0 < len(tables) <= MOST_TABLES:
+        raise BadRequestError(f"the request names {len(tables)} tables; give 1 to {MOST_TABLES}")
+
+
+def check_begin_run(attempt: int, workers: int, tables: Sequence[str]) -> None:
     """Raises BadRequestError; what the numbers mean is the state machine's to say."""
+    check_tables(tables)
     check_count("attempt", attempt, 1)
     if workers > MOST_WORKERS:
         raise BadRequestError(f"a run of {workers} workers; give {MOST_WORKERS} at most")

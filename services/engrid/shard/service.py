@@ -44,6 +44,8 @@ from .sealed import SealedRows
 from .state_folder import StateFolder
 
 EXPORT_CHUNK_BYTES = 1 << 20
+CONTROL_SECONDS = 10.0
+"""For which a call that only asks waits for the lock, which a disk that hangs may keep."""
 
 
 @dataclass
@@ -76,7 +78,8 @@ class ShardService:
         self.gate = Gate(config.name)
         """The lock that the state machine is asked under."""
         self._stepped = self.gate.stepped
-        self._applying = Applying(config.name, self._rows, self.gate, self._applied)
+        lives_on = self.journal.log is not None
+        self._applying = Applying(config.name, self._rows, self.gate, self._applied, lives_on=lives_on)
         self._adopting = threading.Lock()
         self.saving = threading.Lock()
         """Held by whoever has snapshots of partitions; there can be one of each."""
@@ -91,7 +94,6 @@ class ShardService:
     def lookup(self, request: Request, deadline: float, cancelled: Callable[[], bool]) -> bytes:
         """The LookupReply, rows gathered into it. deadline: on time.monotonic()'s clock."""
         ids = [ids_from_bytes(item.row_ids, f"row ids of {item.table}") for item in request.tables]
-        self._tables(request)
         while True:
             if request.step:
                 self._wait_for_step(request, deadline, cancelled)
@@ -99,9 +101,10 @@ class ShardService:
                 raise DeadlineExceededError(f"shard {self.config.name}: the request's time was spent before the gather")
             states, tables = self._states(request), self._tables(request)
             reply = self._gather(request, tables, ids)
-            self._tables(request)
             if list(map(id, self._states(request))) == list(map(id, states)):
                 break  # else other rows came meanwhile: some may be of the old ones, some of the new
+        if request.run:
+            self._tables(request)  # a run that began meanwhile changes the rows that are there
         self.counters.lookups += 1
         self.counters.rows += sum(map(len, ids))
         self.counters.bytes += sum(
@@ -148,7 +151,7 @@ class ShardService:
             self._tables(request)
             return min((self._core.reached(item.table) for item in request.tables), default=request.step)
 
-        with self._stepped:
+        with self.gate.locked(deadline):
             left = max(0.0, min(deadline - time.monotonic(), LONGEST_WAIT))
             self._stepped.wait_for(lambda: cancelled() or reached() >= request.step, left)
             if cancelled():
@@ -172,7 +175,7 @@ class ShardService:
         self, run: str, attempt: int, workers: int, tables: list[str], token: str = "", *, deadline: float
     ) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
-        requests.check_begin_run(attempt, workers)
+        requests.check_begin_run(attempt, workers, tables)
         with self.gate.hold(self.loading, deadline, "rows that are being loaded"):
             with self.at_rest(deadline):
                 for table in tables:
@@ -235,7 +238,9 @@ class ShardService:
                     unsure = [each for each in self.journal.unsure(push) if each not in sure]
                 if not unsure:
                     with self._deciding("a push taken"):
-                        return self.journal.push(push, logged)
+                        taken = self.journal.push(push, logged)
+                        self._applying.decided(taken.applies)
+                        return taken
             with self._memory("try the push"):
                 for each in unsure:
                     self._rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
@@ -247,25 +252,29 @@ class ShardService:
         requests.check_count("step", request.step, 1)
         with self.gate.open(deadline), self._deciding("a commit taken"):
             taken = self.journal.commit(request.run, request.attempt, request.worker, request.step, request.epoch)
+            self._applying.decided(taken.applies)
         self._finish(taken, request.run, durable=request.durable, deadline=deadline)
 
     def _finish(self, taken: Taken, run: str, *, durable: bool, deadline: float) -> None:
         self._applying.carry_out(taken.applies)
-        if not taken.applies:  # a retry is answered no sooner than what it repeats: the next step may follow
-            self._wait_until_applied(run, deadline)
+        # A retry is answered no sooner than what it repeats: the next step may follow.
+        self._wait_until_applied(taken.applies, run, deadline)
         if durable:
             self.journal.wait_durable(taken.record)
         self._bases.look()
 
-    def _wait_until_applied(self, run: str, deadline: float) -> None:
+    def _wait_until_applied(self, applies: Sequence[Apply], run: str, deadline: float) -> None:
+        """These; where there are none, whatever is of the run."""
+
+        def done() -> bool:
+            return not (self._applying.is_pending(applies) if applies else self._core.is_applying_of(run))
+
         while True:
-            with self._stepped:
-                self.gate.wait_for(
-                    lambda: self._applying.has_left or not self._core.is_applying_of(run), deadline, f"run {run}'s step"
-                )
-                if not self._core.is_applying_of(run):
+            with self.gate.locked(deadline):
+                self.gate.wait_for(lambda: self._applying.has_left or done(), deadline, f"run {run}'s step")
+                if done():
                     return
-            self._applying.try_again()
+            self._applying.carry_out()
 
     def _applied(self, apply: Apply, touched: int) -> None:
         self._core.applied(apply.key, apply.step)
@@ -296,7 +305,7 @@ class ShardService:
             yield
         except MemoryError as error:
             raise OutOfMemoryError(
-                f"shard {self.config.name} has no memory to {what}: {error or 'none is left'}. Nothing was changed; make "
+                f"shard {self.config.name} has no memory to {what}: {str(error) or 'none is left'}. Nothing was changed; make "
                 "room, then send it again"
             ) from error
 
@@ -307,7 +316,7 @@ class ShardService:
         """The lock, with every Apply carried out: rows and state machine are of one moment. Keep it short."""
         while True:
             if self._applying.has_left:
-                self._applying.try_again()
+                self._applying.carry_out()
             with self.gate.at_rest(lambda: self._core.is_applying and not self._applying.has_left, deadline):
                 if not self._core.is_applying:
                     yield
@@ -318,7 +327,7 @@ class ShardService:
     def adopt(self, placement: Placement, *, check_only: bool, deadline: float) -> int:
         """Serves the placement from now on; returns the bytes held under it. Refused: nothing changes."""
         with self.gate.hold(self._adopting, deadline, "another placement"):
-            with self._stepped:
+            with self.gate.locked(deadline):
                 adoption = self._core.plan_adoption(placement, time.monotonic())
             if adoption is None:
                 return self._rows.nbytes
@@ -364,7 +373,7 @@ class ShardService:
 
     def describe(self) -> pb.DescribeReply:
         """The newest placement and where each partition stands."""
-        with self._stepped:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             placement = self._core.placement
             reply = pb.DescribeReply(
                 shard=self.config.name,
@@ -390,7 +399,7 @@ class ShardService:
 
     def pin(self, request: pb.PinRequest) -> None:
         """See ShardCore.pin."""
-        with self._stepped:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             self._core.pin(request.reader, list(request.tables), request.seconds, time.monotonic())
 
     # -- whole partitions
