@@ -22,7 +22,7 @@ ROW_BYTES = 4 * WIDTH
 FP8_ROW_BYTES = 264
 FP8_WIDTH = 256
 HEADS = 16
-"""Rows one token reads: 2 orders of 8 heads, as the demo preset has."""
+"""Rows one token reads: 2 orders of 8 heads, as the paper preset has."""
 VERSIONED = ("grpcio", "numpy", "torch", "redis", "hiredis", "ray", "mooncake-transfer-engine-non-cuda", "numba")
 LOAD_ROWS = 1 << 14
 """Rows in one message while a sealed table is loaded."""

@@ -1,6 +1,8 @@
 """The main job: `engrid demo`, whole and cut off."""
 
 import json
+import re
+import shlex
 
 from tests.clusters import engrid, engrid_processes, succeeded
 from tests.interrupted import interrupt_demo
@@ -28,8 +30,20 @@ def test_demo_from_start_to_end(tmp_path):
         "share all K rows with one other",
         "'Harry'",
         "tokens/s, one sequence",
+        "next, on the checkpoint of this run:",
     ):
         assert words in shown, words
+    _type_what_it_says(shown, tmp_path)
+
+
+def _type_what_it_says(shown, folder):
+    """Each command it ends with, but for the training of 300 steps."""
+    commands = re.findall(r"^  (engrid .*?)  # ", shown, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["up", "generate", "ids", "train", "down"]
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[0] != "train":
+            succeeded(engrid(*words, env={"XDG_STATE_HOME": str(folder / "state")}))
 
 
 def test_ctrl_c_in_training_leaves_no_process(tmp_path):

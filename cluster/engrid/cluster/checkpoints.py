@@ -30,14 +30,13 @@ def save(
     run_dir: RunDir = None,
 ) -> None:
     """Save a run's live tables at the step they stand at. Not while it trains: `engrid train --checkpoint-every` is for that."""
-    from engrid.client import MemoryClient
     from engrid.client.checkpoints import CheckpointSave, check_folder, live_states
     from engrid.rpc.errors import BadRequestError
 
     from .cli import console, told, where
-    from .status import members
+    from .status import memory_of
 
-    with told(), MemoryClient(members(where(run_dir))[0]) as client:
+    with told(), memory_of(where(run_dir)) as client:
         states = [state for state in live_states(client) if state.table.startswith(f"{run}.engram.")]
         stands = {(state.run, state.attempt, state.step) for state in states}
         if len(stands) != 1:
@@ -63,15 +62,14 @@ def restore(
     run_dir: RunDir = None,
 ) -> None:
     """Put a checkpoint's rows and optimizer state into the live tables, over the shards there are now."""
-    from engrid.client import MemoryClient
     from engrid.client.attempts import newest_attempt
     from engrid.client.checkpoints import restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
     from .cli import console, told, where
-    from .status import members
+    from .status import memory_of
 
-    with told(), MemoryClient(members(where(run_dir))[0]) as client:
+    with told(), memory_of(where(run_dir)) as client:
         checkpoints = _open(folder)
         chain = checkpoints.chain(name) if name else checkpoints.latest()
         if not chain:

