@@ -65,14 +65,16 @@ class FaultyNetwork(grpc.GenericRpcHandler):
             time.sleep(self._up_to(LONGEST_DELAY))
         if self._happens("request lost", 0.5):
             self._lose(context)
-        if self._happens("twice", 0.5):
-            _quietly(call, request)
-        if self._happens("again later", 0.5):
-            threading.Timer(self._up_to(LONGEST_ECHO), _quietly, (call, request)).start()
         if self._happens("reply lost", 0.5):
             _quietly(call, request)
             self._lose(context)
-        return _pass_on(call, request, context)
+        try:
+            return _pass_on(call, request, context)
+        finally:  # the reply is the first one's: whoever hears of the second has not sent it
+            if self._happens("twice", 0.5):
+                _quietly(call, request)
+            if self._happens("again later", 0.5):
+                threading.Timer(self._up_to(LONGEST_ECHO), _quietly, (call, request)).start()
 
     def _lose(self, context):
         if self._up_to(1) < 0.5:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engrid.client import ClientConfig, MemoryClient, TrainingRun, create_tables, spread_placement
-from engrid.client.checkpoints import CheckpointSave, check_folder, live_states, newest_attempt, restore_tables
+from engrid.client.attempts import newest_attempt
+from engrid.client.checkpoints import CheckpointSave, check_folder, live_states, restore_tables
 from engrid.rpc.errors import (
     BadRequestError,
     EngridError,
@@ -152,7 +153,7 @@ def test_live_tables_are_overwritten_in_place_and_older_attempts_fenced(store, s
     assert store.connections.epoch == epoch, "the tables stayed"
     with pytest.raises(FencedError, match="attempt 1 of run r is fenced"):
         push(old, 3)
-    with pytest.raises(FencedError, match="attempt 2 of run r has begun"):
+    with pytest.raises(FencedError, match="attempt 1 of run r is older than attempt 2"):
         restore_tables(store, saved, manifest, attempt=1)
     assert rows(store) == before
     assert newest_attempt(store, "r") == 2

@@ -70,7 +70,7 @@ def _requests(folder, placement):
     return {
         "Push": push,
         "Commit": pb.CommitRequest(run="r", attempt=1, step=1, epoch=1),
-        "BeginRun": pb.BeginRunRequest(run="z", attempt=1, workers=1, tables=["zz"]),
+        "BeginRun": pb.BeginRunRequest(run="z", attempt=1, workers=1, tables=["zz"], token="x"),
         "Adopt": pb.AdoptRequest(placement=json.dumps(placement.to_json()), check_only=True),
         "Describe": pb.DescribeRequest(),
         "Pin": pb.PinRequest(reader="a", tables=["m@1"], seconds=1.0),
@@ -188,7 +188,7 @@ def _restore(stub, request):
 
 _PLAIN = {
     "run": "r", "attempt": 1, "workers": 1, "step": 1, "learning_rate": 1.0, "epoch": 1, "reader": "a", "seconds": 1.0,
-    "name": "step-00000001", "partial": "x", "wait": 0.1, "table": "t",
+    "name": "step-00000001", "partial": "x", "wait": 0.1, "table": "t", "token": "x",
 }  # fmt: skip
 _TABLES = (["t"], ["t", "t"], ["m@1"], ["zz"], [""], ["t", "zz"])
 

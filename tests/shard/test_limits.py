@@ -211,7 +211,7 @@ def test_names_that_are_kept_are_short(tmp_path):
     assert isinstance(table("t" * 200), TableSpec)
     with store(tmp_path) as (stub, _, _client):
         with refused(BadRequestError, "513 bytes"):
-            stub.BeginRun(pb.BeginRunRequest(run="r" * 513, attempt=1, workers=1, tables=["t"]), timeout=20)
+            stub.BeginRun(pb.BeginRunRequest(run="r" * 513, attempt=1, workers=1, tables=["t"], token="x"), timeout=20)
         with refused(BadRequestError, "513 bytes"):
             stub.Load(iter([pb.LoadChunk(table="t", run="r" * 513)]), timeout=20)
 

@@ -110,9 +110,9 @@ class SimulatedShard:
         taken = self.journal.push(push, self.journal.logged(push, parts))
         return taken.new, taken
 
-    def _begin_run(self, body: tuple[str, int, int]) -> tuple[Any, Taken]:
+    def _begin_run(self, body: tuple[str, int, int, list[str], str]) -> tuple[Any, Taken]:
         self._rest()
-        step, record = self.journal.begin_run(*body, [TABLE])
+        step, record = self.journal.begin_run(*body)
         return step, Taken((), (), record)
 
     def _adopt(self, placement: Placement) -> tuple[Any, Taken]:

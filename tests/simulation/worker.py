@@ -50,6 +50,11 @@ class SimulatedWorker:
     next_gradients: tuple[Ids, Floats] | None = None
 
     @property
+    def token(self) -> str:
+        """Of all workers of the attempt."""
+        return f"of {self.run}.{self.attempt}"
+
+    @property
     def shards(self) -> list[str]:
         return list(self.placement.shards)
 
@@ -70,7 +75,12 @@ class SimulatedWorker:
         if self.phase == "begin":
             missing = [shard for shard in self.shards if shard not in self.begun]
             if not self.zombie:
-                self._ask(self.random.choice(missing), "begin_run", (self.run, self.attempt, self.workers), ())
+                self._ask(
+                    self.random.choice(missing),
+                    "begin_run",
+                    (self.run, self.attempt, self.workers, [TABLE], self.token),
+                    (),
+                )
         elif self.phase == "push":
             shard = self.random.choice([shard for shard in self.shards if not self.taken[shard]])
             self._push(shard, self.step, self.seq + 1, self.gradients)

@@ -189,6 +189,16 @@ def test_rows_alone_of_any_range_can_be_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows, whole[start:stop])
 
 
+def test_restored_rows_are_measured_so_that_ordinary_updates_are_not_computed_twice(tmp_path: Path) -> None:
+    store = Store(spec_of("adam"), LocalDisk(tmp_path), [100])
+    store.train()
+    chain = store.checkpoints.chain(store.save())
+    table = RowTable(store.spec, filled=False)
+    assert not table.stays_finite(1.0, 2, 0.1), "nothing is known of it"
+    store.checkpoints.restore(chain, table)
+    assert table.stays_finite(1.0, 2, 0.1)
+
+
 def test_a_later_attempt_is_newer_although_its_step_is_lower(tmp_path: Path) -> None:
     store = Store(spec_of(), LocalDisk(tmp_path), [])
     for _ in range(3):

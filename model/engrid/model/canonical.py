@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, models, normalizers
 
-DEAD = -1
-"""Canonical id of a negative raw id (an image token): no n-gram spans it."""
+from .lookup import DEAD
 
 REPLACEMENT = "\ufffd"
 

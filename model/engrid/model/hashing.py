@@ -28,14 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .canonical import DEAD, CanonicalVocabulary
 from .config import EngramSpec
-from .lookup import Ids, Lookup
+from .lookup import DEAD, Ids, Lookup
+
+if TYPE_CHECKING:  # it needs the tokenizers package, and hashing numpy alone
+    from .canonical import CanonicalVocabulary
 
 LAYER_STRIDE = 10_007
 """Between the generator seeds of two layers (docs/engram.md, 2)."""

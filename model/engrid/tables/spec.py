@@ -94,22 +94,23 @@ class TableSpec:
     rows: int
     """Number of rows; row ids are 0..rows-1."""
 
-    row_format: RowFormat
+    row_format: RowFormat = "float32"
     """Bytes of a row: float32, bfloat16 (both little-endian), or 256 fp8 e4m3 values then 8 ue8m0 scales."""
 
     width: int
     """Values per row; 256 for the fp8 format."""
 
-    seed: int
+    seed: int = 0
     """First word of the Philox key of the initial rows."""
 
-    layer: int
-    """Engram layer as configured; second word of the Philox key."""
+    layer: int = 0
+    """Engram layer as configured; second word of the Philox key. Two tables of one seed and layer begin with the same
+    rows."""
 
-    init_std: float
+    init_std: float = 0.02
     """Standard deviation of the initial values, which are uniform; 0 starts from zeros."""
 
-    optimizer: OptimizerSpec | None
+    optimizer: OptimizerSpec | None = None
     """None makes the table read only: pushes are refused."""
 
     buckets: tuple[int, ...] = ()

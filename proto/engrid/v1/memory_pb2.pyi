@@ -181,16 +181,18 @@ class CommitReply(_message.Message):
     def __init__(self) -> None: ...
 
 class BeginRunRequest(_message.Message):
-    __slots__ = ("run", "attempt", "workers", "tables")
+    __slots__ = ("run", "attempt", "workers", "tables", "token")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     workers: int
     tables: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., workers: _Optional[int] = ..., tables: _Optional[_Iterable[str]] = ...) -> None: ...
+    token: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., workers: _Optional[int] = ..., tables: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRunReply(_message.Message):
     __slots__ = ("step",)
@@ -351,18 +353,20 @@ class SettleCheckpointReply(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("folder", "name", "tables", "attempt", "wait")
+    __slots__ = ("folder", "name", "tables", "attempt", "wait", "token")
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     folder: str
     name: str
     tables: _containers.RepeatedScalarFieldContainer[str]
     attempt: int
     wait: float
-    def __init__(self, folder: _Optional[str] = ..., name: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., wait: _Optional[float] = ...) -> None: ...
+    token: str
+    def __init__(self, folder: _Optional[str] = ..., name: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., wait: _Optional[float] = ..., token: _Optional[str] = ...) -> None: ...
 
 class RestoreReply(_message.Message):
     __slots__ = ("rows",)

@@ -32,6 +32,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
 from .admin import create_tables, current, directory_of, spread_placement
+from .attempts import Attempt
 from .client import MemoryClient
 from .transport import GrpcTransport
 
@@ -130,21 +131,23 @@ class CheckpointSave:
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 
-def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: int) -> None:
+def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: Attempt | int) -> None:
     """Makes the live tables of a checkpoint what they were, rows and optimizer state, over all shards there are now.
 
     Tables that are not there, or lie on other shards than those registered now, are made anew; live ones of another spec
-    are replaced. attempt: the one that goes on from here; older ones are fenced. Raises what any shard answers: its
-    partitions serve nothing then.
+    are replaced. attempt: the one that goes on from here, a bare number being for whoever begins it first; older ones
+    are fenced. Raises what any shard answers: its partitions serve nothing then.
     """
     _allow(client, folder)
+    number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
         folder=str(folder.resolve()),
         name=manifest.name,
         tables=tables,
-        attempt=attempt,
+        attempt=number,
+        token=token,
         wait=client.config.push_timeout,
     )
     timeout = client.config.checkpoint_timeout
@@ -164,12 +167,6 @@ def _make(client: MemoryClient, specs: Mapping[str, TableSpec]) -> None:
         spread_placement(client)
     else:
         create_tables(client, list(specs.values()), replace=True)
-
-
-def newest_attempt(client: MemoryClient, run: str) -> int:
-    """The newest attempt of a run that any shard has seen; 0 where none knows the run. Shards that are away know none."""
-    replies = _descriptions(client)
-    return max((state.attempt for reply in replies for state in reply.partitions if state.run == run), default=0)
 
 
 def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:

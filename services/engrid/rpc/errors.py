@@ -111,7 +111,7 @@ class ExpectedError(StaleError):
 
 
 class FencedError(StaleError):
-    """A newer attempt of the run has begun. This process must stop training."""
+    """A newer attempt of the run has begun, or another process holds this one. This process must stop training."""
 
     def __init__(self, message: str, *, attempt: int = 0) -> None:
         super().__init__(message)

@@ -41,7 +41,7 @@ from .saving import save_snapshot
 from .snapshot import ImageMemory
 
 BASES = "base"
-_FORMAT = 1
+_FORMAT = 2
 _SIZE = struct.Struct("<Q")
 
 
@@ -168,6 +168,7 @@ class Base:
                     "partition": key[1],
                     "run": state.run,
                     "attempt": state.attempt,
+                    "token": state.token,
                     "workers": state.workers,
                     "step": state.step,
                     "since": state.since,
@@ -213,6 +214,7 @@ def _from_json(values: Mapping[str, Any]) -> Base:
         states[each["table"], each["partition"]] = PartitionState(
             run=each["run"],
             attempt=each["attempt"],
+            token=each["token"],
             workers=each["workers"],
             step=each["step"],
             since=each["since"],

@@ -192,7 +192,7 @@ class Checkpointing:
             chain = checkpoints.chain(request.name)
             tables = list(request.tables)
             with self._gate.hold(self._service.loading, deadline, "rows that are being loaded"):
-                keys = self._take_out(chain[-1], tables, request.attempt, rest)
+                keys = self._take_out(chain[-1], tables, request, rest)
                 with self._service.keeping_rows(deadline):
                     rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
         return rows
@@ -208,11 +208,13 @@ class Checkpointing:
                     f"checkpoint {manifest.name} is not of table {table} as it is: their specs differ"
                 )
 
-    def _take_out(self, manifest: Manifest, tables: list[str], attempt: int, deadline: float) -> list[PartitionKey]:
+    def _take_out(
+        self, manifest: Manifest, tables: list[str], request: pb.RestoreRequest, deadline: float
+    ) -> list[PartitionKey]:
         """Closes the partitions to pushes and lookups, and lets go of their rows."""
         with self._service.at_rest(deadline):
             self._check_tables(manifest, tables)
-            keys = self._core.to_restore(manifest.run, attempt, tables)
+            keys = self._core.to_restore(manifest.run, request.attempt, tables, request.token)
             assert keys is not None, "nothing is being applied"
             if self._save is not None:
                 self._save.give_up(f"checkpoint {manifest.name} is being restored")

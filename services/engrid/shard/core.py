@@ -157,10 +157,10 @@ class ShardCore:
 
     # -- training
 
-    def check_begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> bool:
+    def check_begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = "") -> bool:
         """Whether it would change anything; raises what begin_run raises and changes nothing."""
-        if workers < 1 or attempt < 1 or not run:
-            raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker")
+        if workers < 0 or attempt < 1 or not run:
+            raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker (0 only claims it)")
         self._check_size(run)
         if not tables:
             raise BadRequestError(f"run {run} is begun on no table; name those it trains")
@@ -169,27 +169,55 @@ class ShardCore:
         for table in tables:
             if self.placement.tables[table].version:
                 raise ReadOnlyTableError(f"table {table} is sealed: it takes no pushes, so no run can begin on it")
-        for (table, index), state in states.items():
-            if state.run == run and state.attempt > attempt:
-                raise FencedError(
-                    f"attempt {attempt} of run {run} is older than attempt {state.attempt} of {table}[{index}]",
-                    attempt=state.attempt,
-                )
+        for key, state in states.items():
+            self._check_beginner(run, attempt, token, key, state)
+            if (state.run, state.attempt) == (run, attempt) and 0 not in (workers, state.workers):
+                self._check_workers(run, attempt, workers, state)
         if len({state.step for state in states.values()}) > 1:
             raise RunMismatchError(f"partitions of {', '.join(tables)} stand at different steps; load a checkpoint")
-        return any((state.run, state.attempt, state.workers) != (run, attempt, workers) for state in states.values())
+        return any(self._would_change(state, run, attempt, workers, token) for state in states.values())
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> int:
+    @staticmethod
+    def _check_beginner(run: str, attempt: int, token: str, key: PartitionKey, state: PartitionState) -> None:
+        """Raises FencedError where the attempt is not the newest here, or is another's."""
+        if state.run == run and state.attempt > attempt:
+            raise FencedError(
+                f"attempt {attempt} of run {run} is older than attempt {state.attempt} of {key[0]}[{key[1]}]",
+                attempt=state.attempt,
+            )
+        if (state.run, state.attempt) == (run, attempt) and state.token not in ("", token):
+            raise FencedError(
+                f"another process began attempt {attempt} of run {run} on {key[0]}[{key[1]}]: leave out `attempt` to take "
+                "the next one, or share one of claim_attempt among the workers",
+                attempt=state.attempt,
+            )
+
+    @staticmethod
+    def _check_workers(run: str, attempt: int, workers: int, state: PartitionState) -> None:
+        if state.workers != workers:
+            raise BadRequestError(
+                f"attempt {attempt} of run {run} was begun with {state.workers} workers, not {workers}; give all of them "
+                "the same number"
+            )
+
+    @staticmethod
+    def _would_change(state: PartitionState, run: str, attempt: int, workers: int, token: str) -> bool:
+        """A claim again, or of an attempt that has begun, changes nothing."""
+        begun = (state.run, state.attempt, state.token) == (run, attempt, token)
+        return not begun or workers not in (0, state.workers)
+
+    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = "") -> int:
         """Opens an attempt on our partitions of the tables; held pushes of older attempts are dropped.
 
-        Returns the last step applied. The same attempt again changes nothing (a retry).
+        token: tells who begins it from all others. workers: 0 claims the attempt and lets nobody push yet. Returns the
+        last step applied. The same attempt again with the same token changes nothing (a retry).
         """
-        self.check_begin_run(run, attempt, workers, tables)
+        self.check_begin_run(run, attempt, workers, tables, token)
         states = self._of_tables(tables)
         for state in states.values():
-            if (state.run, state.attempt, state.workers) == (run, attempt, workers):
+            if not self._would_change(state, run, attempt, workers, token):
                 continue
-            state.run, state.attempt, state.workers = run, attempt, workers
+            state.run, state.attempt, state.token, state.workers = run, attempt, token, workers
             state.watermarks, state.held = {}, {}
         return max((state.step for state in states.values()), default=0)
 
@@ -341,8 +369,9 @@ class ShardCore:
 
         Nobody pushes to them before a run begins, and older attempts of the same run stay fenced.
         """
-        since = self.partitions[key].since
-        self.partitions[key] = PartitionState(run=run, attempt=attempt, step=step, since=since)
+        old = self.partitions[key]
+        token = old.token if (old.run, old.attempt) == (run, attempt) else ""
+        self.partitions[key] = PartitionState(run=run, attempt=attempt, token=token, step=step, since=old.since)
 
     def to_save(
         self, run: str, attempt: int, step: int, tables: Sequence[str]
@@ -361,22 +390,18 @@ class ShardCore:
                 )
         return states if all(state.step == step for state in states.values()) else None
 
-    def to_restore(self, run: str, attempt: int, tables: Sequence[str]) -> list[PartitionKey] | None:
+    def to_restore(self, run: str, attempt: int, tables: Sequence[str], token: str = "") -> list[PartitionKey] | None:
         """Our partitions of the tables, empty from now on and closed to older attempts; None while one is applied to.
 
-        Raises FencedError where a newer attempt has begun.
+        Raises FencedError where a newer attempt has begun, or another has begun this one.
         """
         states = self._of_tables(tables)
-        for (table, index), state in states.items():
-            if state.run == run and state.attempt > attempt:
-                raise FencedError(
-                    f"attempt {state.attempt} of run {run} has begun on {table}[{index}]: attempt {attempt} is older",
-                    attempt=state.attempt,
-                )
+        for key, state in states.items():
+            self._check_beginner(run, attempt, token, key, state)
         if any(state.applying for state in states.values()):
             return None
         for key, state in states.items():
-            self.partitions[key] = PartitionState(run=run, attempt=attempt, since=state.since, empty=True)
+            self.partitions[key] = PartitionState(run=run, attempt=attempt, token=token, since=state.since, empty=True)
         return list(states)
 
     def check_epoch(self, table: str, epoch: int) -> None:

@@ -146,12 +146,15 @@ class Journal:
             record = self._append(CommitRecord(run=run, attempt=attempt, worker=worker, step=step))
         return Taken((), self.core.commit(run, attempt, worker, step, epoch), record or self._last())
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> tuple[int, int]:
+    def begin_run(
+        self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = ""
+    ) -> tuple[int, int]:
         """See ShardCore.begin_run; returns the step and the record to wait for."""
         record = 0
-        if self.core.check_begin_run(run, attempt, workers, tables):
-            record = self._append(BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables))
-        return self.core.begin_run(run, attempt, workers, tables), record or self._last()
+        if self.core.check_begin_run(run, attempt, workers, tables, token):
+            begun = BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables, token=token)
+            record = self._append(begun)
+        return self.core.begin_run(run, attempt, workers, tables, token), record or self._last()
 
     def adopt(self, adoption: Adoption, added: dict[PartitionKey, AnyPartition]) -> int:
         """Serves the placement; added: from ShardRows.allocate. Returns the record to wait for. No Apply may be under way:
@@ -233,7 +236,7 @@ class Journal:
                 if adoption is not None:
                     self._adopt(adoption, self.rows.allocate(placement, adoption.added))
             case BeginRunRecord():
-                self.core.begin_run(record.run, record.attempt, record.workers, record.tables)
+                self.core.begin_run(record.run, record.attempt, record.workers, record.tables, record.token)
             case PushRecord():
                 _, applies = self.core.push(self._as_push(record))
                 self.carry_out(applies)

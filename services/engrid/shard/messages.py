@@ -79,7 +79,10 @@ class PartitionState:
 
     run: str = ""
     attempt: int = 0
+    token: str = ""
+    """Of whoever began or restored the attempt; empty: nobody has, and the first to begin it has it."""
     workers: int = 0
+    """0: the attempt is claimed and not begun; nobody may push."""
     step: int = 0
     watermarks: dict[int, int] = field(default_factory=dict)
     """Last seq taken, per worker."""

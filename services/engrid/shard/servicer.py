@@ -85,6 +85,10 @@ def pools(config: ShardConfig, end_idle_stream: Callable[[], bool]) -> list[Pool
     ]
 
 
+MAX_TOKEN = 1024
+"""Characters of what tells an attempt's beginner from others."""
+
+
 def add_to_server(servicer: MemoryServicer, server: grpc.Server) -> None:
     """The generated registration, but for Lookup, whose messages are read and written by hand (rpc/wire.py)."""
     memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, _RawLookup(server))  # type: ignore[no-untyped-call]
@@ -153,8 +157,12 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         return pb.CommitReply()
 
     def BeginRun(self, request: pb.BeginRunRequest, context: grpc.ServicerContext) -> pb.BeginRunReply:
+        if not 0 < len(request.token) <= MAX_TOKEN:
+            raise BadRequestError(f"a run is begun with a token of 1 to {MAX_TOKEN} characters that nobody else has")
         tables, deadline = list(request.tables), deadline_of(context)
-        step = self._service.begin_run(request.run, request.attempt, request.workers, tables, deadline=deadline)
+        step = self._service.begin_run(
+            request.run, request.attempt, request.workers, tables, request.token, deadline=deadline
+        )
         return pb.BeginRunReply(step=step)
 
     def Adopt(self, request: pb.AdoptRequest, context: grpc.ServicerContext) -> pb.AdoptReply:
