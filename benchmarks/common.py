@@ -51,7 +51,17 @@ def start_shards(stack: ExitStack, folder: str, count: int, *options: str, state
     """
     pids = []
     for index in range(count):
-        shard = [sys.executable, "-m", "engrid.shard", "--name", f"s{index}", "--directory", f"file:{folder}", *options]
+        shard = [
+            sys.executable,
+            "-P",
+            "-m",
+            "engrid.shard",
+            "--name",
+            f"s{index}",
+            "--directory",
+            f"file:{folder}",
+            *options,
+        ]
         if state:
             shard += ["--state", str(state_folder(folder, index))]
         pids.append(start(stack, shard, "serves at")[0].pid)

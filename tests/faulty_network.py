@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from engrid.rpc.channel import SERVER_OPTIONS, open_channel
+from engrid.rpc.channel import open_channel, server_options
 
 TROUBLED = ("Push", "Commit", "BeginRun")
 LONGEST_DELAY = 0.03
@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
     network = FaultyNetwork(options.shard, options.rate, options.seed)
-    server = grpc.server(ThreadPoolExecutor(64), handlers=[network], options=SERVER_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(64), handlers=[network], options=server_options(30))
     server.add_insecure_port(options.listen)
     server.start()
     stop = threading.Event()

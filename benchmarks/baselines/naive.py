@@ -20,6 +20,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 SERVICE = "naive.Memory"
 OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),

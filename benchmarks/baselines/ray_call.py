@@ -11,11 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.baselines.peer import EXTRA, Bytes, Ids, PeerUnavailableError
+from engrid.cluster.environment import child_environment
 
 OBJECT_STORE_BYTES = 256 << 20
 """Replies of a few in flight are far below it."""
@@ -34,15 +37,16 @@ class RayPeer:
         self._ray = ray
         self._temp = tempfile.mkdtemp(prefix="engrid-ray-", dir="/tmp")  # Ray's sockets need a short path
         try:
-            ray.init(
-                address="local",
-                num_cpus=2,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=self._temp,
-            )
+            with _apart_from_the_shell(self._temp):
+                ray.init(
+                    address="local",
+                    num_cpus=2,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=f"{self._temp}/ray",  # which it lets everybody write to
+                )
             self._actor = ray.remote(num_cpus=1)(_rows_class()).remote(rows, row_bytes, seed)
             ray.get(self._actor.ready.remote())
         except BaseException:
@@ -60,6 +64,24 @@ class RayPeer:
     def close(self) -> None:
         self._ray.shutdown()
         shutil.rmtree(self._temp, ignore_errors=True)
+
+
+@contextmanager
+def _apart_from_the_shell(temp: str) -> Iterator[None]:
+    """For Ray's start: what it starts gets the environment and the working folder of now, and runs modules found there."""
+    before = dict(os.environ)
+    empty = Path(temp, "empty")
+    empty.mkdir()
+    try:
+        os.environ.clear()
+        os.environ.update(
+            child_environment(before, keep_ray=False), RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0"
+        )
+        with chdir(empty):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _rows_class() -> Any:

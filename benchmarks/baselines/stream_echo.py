@@ -16,6 +16,7 @@ import grpc
 
 SERVICE = "echo.Echo"
 OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.so_reuseport", 0),

@@ -212,10 +212,10 @@ def test_a_run_is_begun_with_a_token(store, token):
         (({"t": PART, "T": PART}, 1, 1.0), UnknownTableError, "'T'"),
         (({}, 0, 1.0), BadRequestError, "step 0"),
         (({}, True, 1.0), BadRequestError, "step True"),
-        (({}, 1, float("nan")), BadRequestError, "learning rate nan"),
-        (({}, 1, float("inf")), BadRequestError, "learning rate inf"),
-        (({}, 1, -0.1), BadRequestError, "learning rate -0.1"),
-        (({}, 1, 1e39), BadRequestError, r"learning rate 1e\+39"),
+        (({}, 1, float("nan")), BadRequestError, "learning rate is nan"),
+        (({}, 1, float("inf")), BadRequestError, "learning rate is inf"),
+        (({}, 1, -0.1), BadRequestError, "learning rate is -0.1"),
+        (({}, 1, 1e39), BadRequestError, r"learning rate is 1e\+39"),
     ],
 )
 def test_a_push_that_names_what_is_not_there_is_refused_whole(store, push, error, match):

@@ -189,8 +189,6 @@ def test_clusters_on_one_ray_stay_apart(free_ray, tmp_path):
     stopped = succeeded(engrid("down", "--run-dir", tmp_path / "a", env=token))
     assert stopped.strip() == "stopped shard-0, worker-0"
     assert "not reachable" not in succeeded(engrid("status", "--run-dir", tmp_path / "b"))
-    stolen = up("d", "--workers", "0", "--redis", f"file:{tmp_path / 'b'}")
-    assert "is in use: shard shard-0 serves at" in stolen.stderr.replace("\n", " ")
     succeeded(engrid("down", "--run-dir", tmp_path / "b", env=token))
 
 

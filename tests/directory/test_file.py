@@ -1,9 +1,7 @@
 import fcntl
-import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -199,18 +197,3 @@ def test_a_full_disk_leaves_the_old_content(url: str, monkeypatch: pytest.Monkey
         directory.publish(with_shards(EMPTY_PLACEMENT, {}), expected_epoch=None)
     assert directory.placement() is None
     assert directory.shards() == {"s0": record()}
-
-
-def test_plain_paths_and_file_urls_are_the_same_folder(tmp_path: Path) -> None:
-    open_directory(f"{tmp_path}/a b").register(record())
-    for url in (f"file:{tmp_path}/a%20b", f"file://{tmp_path}/a%20b", f"file://localhost{tmp_path}/a%20b"):
-        assert open_directory(url).shards() == {"s0": record()}
-    content: dict[str, Any] = json.loads((tmp_path / "a b" / "directory.json").read_text())
-    assert content.keys() == {"host", "shards", "placement"}
-    assert [each.name for each in (tmp_path / "a b").iterdir() if each.suffix == ".tmp"] == []
-
-
-@pytest.mark.parametrize("url", ["", "http://host/x", "file://otherhost/x", "file:"])
-def test_an_unknown_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"directory .* (is unknown; give a folder|names no local folder)"):
-        open_directory(url)

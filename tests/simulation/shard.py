@@ -105,6 +105,8 @@ class SimulatedShard:
 
     def _push(self, push_and_parts: tuple[Push, Any]) -> tuple[Any, Taken]:
         push, parts = push_and_parts
+        for each in self.journal.unsure(push):
+            self.journal.rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
         taken = self.journal.push(push, self.journal.logged(push, parts))
         return taken.new, taken
 

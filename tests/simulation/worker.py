@@ -13,6 +13,7 @@ import numpy as np
 
 from engrid.directory import Placement
 from engrid.rpc.errors import ExpectedError
+from engrid.shard.gradients import Gradients
 from engrid.shard.messages import PartitionPush, Push
 from engrid.shard.records import PushPart
 
@@ -165,7 +166,7 @@ class SimulatedWorker:
             if part.primary == shard:
                 low, high = np.searchsorted(gradients[0], [part.start, part.stop])
                 ids, values = gradients[0][low:high], gradients[1][low:high]
-                parts.append(PartitionPush(key=(TABLE, part.index), seq=seq, gradients=(ids, values)))
+                parts.append(PartitionPush(key=(TABLE, part.index), seq=seq, gradients=Gradients.of(ids, values)))
                 logged.append(
                     PushPart(
                         table=TABLE,

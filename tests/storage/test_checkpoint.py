@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from engrid.shard.gradients import Gradients
 from engrid.shard.rows import PartitionRows
 from engrid.shard.saving import save_snapshot
 from engrid.shard.snapshot import ImageMemory
@@ -55,7 +56,7 @@ class Store:
         grads = rng.standard_normal((len(ids), self.spec.width)).astype(np.float32)
         for part in self.parts:
             mine = (ids >= part.start) & (ids < part.stop)
-            part.apply(self.step, 0.1, [(ids[mine], grads[mine])])
+            part.apply(self.step, 0.1, [Gradients.of(ids[mine], grads[mine])])
 
     def save(self, base: str = "", token: str = "a", meanwhile: int = 0) -> str:
         """meanwhile: steps trained between the begin of the snapshots and the sweep."""

@@ -11,39 +11,58 @@ from typing import Any
 class ShardActor:
     """Hosts one shard."""
 
-    def __init__(self, name: str, directory: str, state: Path, memory_bytes: int, host: str | None) -> None:
-        """state: folder where all of the cluster's shards keep their placement, each in its own. host: None asks Ray."""
+    def __init__(
+        self, name: str, directory: str, state: str, memory_bytes: int, host: str | None, checkpoints: list[str]
+    ) -> None:
+        """state: folder where all of the cluster's shards keep their placement, each in its own. host: None asks Ray.
+        checkpoints: folders they may use for checkpoints."""
+        from engrid.rpc.addresses import host_port
         from engrid.rpc.allocator import keep_buffers
         from engrid.shard.config import ShardConfig
         from engrid.shard.server import ShardServer
 
         keep_buffers()
-        self._state = state / name
-        listen = f"{host or node_address()}:0"
+        self._state = Path(state, name)
+        listen = host_port(host or node_address(), 0)
         self._server = ShardServer(
-            ShardConfig(name=name, listen=listen, directory=directory, state=self._state, memory_bytes=memory_bytes)
+            ShardConfig(
+                name=name,
+                listen=listen,
+                directory=directory,
+                state=self._state,
+                memory_bytes=memory_bytes,
+                checkpoints=tuple(Path(folder) for folder in checkpoints),
+            )
         )
+        self._server.when_failed(self._end)
+
+    def _end(self) -> None:
+        """A shard that cannot go on takes its process with it, so that Ray knows."""
+        self._server.stop()
+        os._exit(1)
 
     def address(self) -> str:
         """host:port it serves at."""
         return self._server.address
 
-    def stop(self) -> None:
-        """Leaves the directory, closes, and forgets: this shard is not started again."""
+    def stop(self, keep_rows: bool) -> None:  # noqa: FBT001 - an actor's call
+        """Leaves the directory and closes. keep_rows: as it is to be started again; else it forgets all it has kept."""
         self._server.stop()
-        shutil.rmtree(self._state, ignore_errors=True)
+        if not keep_rows:
+            shutil.rmtree(self._state, ignore_errors=True)
 
 
 class ComputeActor:
     """Hosts one compute worker, on a GPU where Ray gave it one."""
 
     def __init__(self, name: str, directory: str, host: str | None) -> None:
+        from engrid.rpc.addresses import host_port
         from engrid.rpc.allocator import keep_buffers
         from engrid.worker.config import WorkerConfig
         from engrid.worker.server import WorkerServer
 
         keep_buffers()
-        listen = f"{host or node_address()}:0"
+        listen = host_port(host or node_address(), 0)
         device = "cuda" if gpus_given() else "cpu"
         self._server = WorkerServer(
             WorkerConfig(name=name, listen=listen, directory=directory, device=device, threads=cores_per_worker())
@@ -53,7 +72,7 @@ class ComputeActor:
         """host:port it serves at."""
         return self._server.address
 
-    def stop(self) -> None:
+    def stop(self, keep_rows: bool) -> None:  # noqa: ARG002, FBT001 - as a shard's
         """Cancels what is under way and closes."""
         self._server.stop()
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import path_option
+
 app = typer.Typer(
     name="bench",
     help="Measure lookups, the model and other systems on this machine. Needs a source checkout.",
@@ -24,9 +26,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="A smoke run of seconds; it
 
 def out(name: str) -> Any:
     """The option for the JSON file of a subcommand."""
-    return typer.Option(
-        "--json", help="JSON file; the picture is written beside it.", show_default=f"build/{name}.json"
-    )
+    return path_option("JSON file; the picture is written beside it.", "--json", show_default=f"build/{name}.json")
 
 
 def run(name: str, json: Path | None, **options: Any) -> None:

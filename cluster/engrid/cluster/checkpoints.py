@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import RunDir, path_option
+
 if TYPE_CHECKING:
     from engrid.storage.checkpoint import Checkpoints
 
@@ -17,11 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Folder = Annotated[Path, typer.Option(help="Folder of the run's checkpoints, seen by all shards.")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),
-]
+Folder = Annotated[Path, path_option("Folder of the run's checkpoints, seen by all shards.")]
 DEFAULT_FOLDER = Path("engrid-run/checkpoint")
 
 

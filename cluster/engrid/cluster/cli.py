@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
+
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +19,21 @@ import typer
 from rich.console import Console
 
 from . import bench, checkpoints, interrupts
+from .options import (
+    MOST_GIB,
+    MOST_SHARDS,
+    Address,
+    CheckpointFolders,
+    Memory,
+    Redis,
+    RunDir,
+    Shards,
+    Timeout,
+    Workers,
+    number_option,
+    path_argument,
+    path_option,
+)
 
 app = typer.Typer(
     name="engrid",
@@ -24,11 +46,6 @@ app.add_typer(bench.app)
 app.add_typer(checkpoints.app)
 console = Console()
 errors = Console(stderr=True)
-
-RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),
-]
 
 
 def main() -> None:
@@ -52,13 +69,18 @@ def told() -> Iterator[None]:
     try:
         yield
     except (EngridError, DirectoryError, ClusterError, ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except BaseException as error:
         if not interrupts.pressed():
             raise
         errors.print("stopped", style="yellow")
         raise typer.Exit(interrupts.INTERRUPTED) from error
+
+
+def command(words: str, run_dir: Path | None) -> str:
+    """A command to type next, for the same run directory."""
+    return f"engrid {words}" + (f" --run-dir {shlex.quote(str(run_dir))}" if run_dir else "")
 
 
 def where(run_dir: Path | None) -> Path:
@@ -70,14 +92,13 @@ def where(run_dir: Path | None) -> Path:
 
 @app.command()
 def up(
-    shards: Annotated[int, typer.Option(help="Memory shards to start.")] = 2,
-    workers: Annotated[int, typer.Option(help="Compute workers to start.")] = 1,
-    memory: Annotated[
-        float | None,
-        typer.Option(help="GiB of rows and optimizer state per shard.", show_default="half of what is free"),
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster (host:port, or auto).")] = None,
-    redis: Annotated[str | None, typer.Option(help="Directory for several hosts: redis://HOST:PORT.")] = None,
+    shards: Shards = 2,
+    workers: Workers = 1,
+    memory: Memory = None,
+    address: Address = None,
+    redis: Redis = None,
+    checkpoints: CheckpointFolders = None,
+    timeout: Timeout = 120.0,
     run_dir: RunDir = None,
 ) -> None:
     """Start shards and workers on Ray; return when all are healthy."""
@@ -86,24 +107,51 @@ def up(
 
     with told():
         config = ClusterConfig(
-            run_dir=where(run_dir), shards=shards, workers=workers, memory_gib=memory, address=address, redis=redis
+            run_dir=where(run_dir),
+            shards=shards,
+            workers=workers,
+            memory_gib=memory,
+            address=address,
+            redis=redis,
+            checkpoints=tuple(checkpoints or ()),
+            timeout=timeout,
         )
         with console.status("starting") as status:
             record = launch(config, status.update)
         for name, at in {**record.shards, **record.workers}.items():
             console.print(f"{name:<10} {at}", highlight=False)
-        console.print(f"up; stop it with: engrid down{f' --run-dir {run_dir}' if run_dir else ''}", highlight=False)
+        console.print(f"up; stop it with: {command('down', run_dir)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
-def down(run_dir: RunDir = None) -> None:
-    """Stop what `engrid up` started, and nothing else."""
-    from .launch import down as stop
+def down(
+    keep_rows: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--keep-rows", help="Leave the shards' rows on disk; the next `engrid up` goes on from them."),
+    ] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Stop what `engrid up` started, and nothing else. Live rows that no checkpoint holds are discarded."""
+    from .stop import down as stop
 
     with told():
         with console.status("stopping"):
-            stopped = stop(where(run_dir))
-        console.print(f"stopped {', '.join(stopped)}" if stopped else f"no cluster is up in {where(run_dir)}")
+            stopped = stop(where(run_dir), keep_rows=keep_rows)
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        if not stopped.parts and not stopped.kept and not stopped.discarded_kept:
+            say(f"no cluster is up in {where(run_dir)}")
+            return
+        if stopped.parts:
+            say(f"stopped {', '.join(stopped.parts)}")
+        tables = ", ".join(f"{name} at step {step}" for name, step in stopped.tables.items())
+        if stopped.kept:
+            say(f"kept {tables or 'what the shards hold'}; go on with: {command('up', run_dir)}")
+        elif tables:
+            say(f"discarded {tables}; checkpoints are not touched, and --keep-rows would have kept the rows")
+        elif stopped.discarded_kept:
+            say("discarded the rows that were kept")
+        for name, process in stopped.by_hand.items():
+            say(f"{name} was started by hand and goes on, its state folder too; stop it with: kill {process}")
 
 
 @app.command()
@@ -129,21 +177,28 @@ def shard(
     ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 for any free one.")] = "127.0.0.1:0",
     advertise_host: Annotated[
-        str | None, typer.Option(help="Host others reach us by, for --listen 0.0.0.0:PORT.")
+        str | None,
+        typer.Option(
+            help="Host others reach us by.", show_default="that of --listen; for 0.0.0.0 and [::], this host's"
+        ),
     ] = None,
-    redis: Annotated[str | None, typer.Option(help="Directory for several hosts: redis://HOST:PORT.")] = None,
+    redis: Redis = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of rows and optimizer state.", show_default="80 % of what is free")
+        float | None,
+        number_option("GiB of rows and optimizer state.", 1e-6, MOST_GIB, show_default="80 % of what is free"),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of its log and rows, from which it goes on when started again.")
+        Path | None, path_option("Folder of its log and rows, from which it goes on when started again.")
     ] = None,
     log_bytes: Annotated[
-        int | None, typer.Option(help="Log to replay at most.", show_default="2 GiB", metavar="BYTES")
+        int | None,
+        typer.Option(help="Log to replay at most.", min=1, max=1 << 62, show_default="2 GiB", metavar="BYTES"),
     ] = None,
+    checkpoints: CheckpointFolders = None,
     run_dir: RunDir = None,
 ) -> None:
     """Run one shard in this process, without Ray."""
+    from engrid.directory import folder_source
     from engrid.shard.__main__ import serve
     from engrid.shard.config import ShardConfig
     from engrid.shard.state_folder import owner_of
@@ -156,9 +211,10 @@ def shard(
                 name=name or kept or f"shard-{os.getpid() if port == '0' else port}",
                 listen=listen,
                 advertise_host=advertise_host,
-                directory=redis or f"file:{where(run_dir).resolve()}",
+                directory=redis if redis is not None else folder_source(where(run_dir)),
                 memory_bytes=int(memory * (1 << 30)) if memory is not None else None,
                 state=state,
+                checkpoints=tuple(checkpoints or ()),
                 log_bytes=log_bytes if log_bytes is not None else ShardConfig.log_bytes,
             )
         )
@@ -166,19 +222,17 @@ def shard(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for corpus and checkpoint, seen by all workers.")] = Path(
-        "engrid-run"
-    ),
+    out: Annotated[Path, path_option("Folder for corpus and checkpoint, seen by all workers.")] = Path("engrid-run"),
     run: Annotated[
         str | None, typer.Option(help="Name of the run; its tables carry it.", show_default="default")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to train.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak, of the dense weights.")] = None,
+    learning_rate: Annotated[float | None, number_option("Peak, of the dense weights.", 1e-30, 1e3)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, rows and data order.")] = None,
     memory: Annotated[str | None, typer.Option(help="remote, in_process, or off (no Engram).")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Folder of *.py files to train on.", show_default="Python's standard library")
+        Path | None, path_option("Folder of *.py files to train on.", show_default="Python's standard library")
     ] = None,
     staleness: Annotated[
         int | None, typer.Option(help="Steps by which rows may lag; 0: synchronous, -1: any.", show_default="0")
@@ -194,7 +248,7 @@ def train(
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Checkpoints that stay; 0: all.", show_default="3")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,  # noqa: FBT002
-    config: Annotated[Path | None, typer.Option(help="A TrainConfig as JSON; the options above win over it.")] = None,
+    config: Annotated[Path | None, path_option("A TrainConfig as JSON; the options above win over it.")] = None,
     run_dir: RunDir = None,
 ) -> None:
     """Train the demo model on all workers of the cluster."""
@@ -230,13 +284,17 @@ def train(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to load, or the folder of a run's.")] = Path(
+    checkpoint: Annotated[Path, path_option("Checkpoint to load, or the folder of a run's.")] = Path(
         "engrid-run/checkpoint"
     ),
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many; 0 fills the context.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    draft: Annotated[int, typer.Option(min=0, help="Guess so many tokens ahead; greedy only. 0: off.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="At most this many; 0 fills the context.")
+    ] = 64,
+    temperature: Annotated[float, number_option("0 is greedy.", 0, 1e6)] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    draft: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Guess so many tokens ahead; greedy only. 0: off.")
+    ] = 0,
     run_dir: RunDir = None,
 ) -> None:
     """Continue a prompt on a compute worker, rows fetched from the shards."""
@@ -269,7 +327,7 @@ def generate(
 
 @app.command()
 def publish(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run's: its newest.")],
+    checkpoint: Annotated[Path, path_argument("A checkpoint, or the folder of a run's: its newest.")],
     run_dir: RunDir = None,
 ) -> None:
     """Make a checkpoint the version of its run that new readers get; who reads another one keeps it."""
@@ -310,7 +368,7 @@ def ids(
     text: Annotated[str, typer.Argument(help="Text to hash.")],
     layer: Annotated[int, typer.Option(help="Engram layer, as configured.")],
     preset: Annotated[str, typer.Option(help="Published shape: demo or v41.")] = "demo",
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json.", show_default="DeepSeek's")] = None,
+    tokenizer: Annotated[Path | None, path_option("A tokenizer.json.", show_default="DeepSeek's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,  # noqa: FBT002
 ) -> None:
     """Print token ids, canonical ids and row ids of a text, to check another implementation against."""
@@ -322,13 +380,15 @@ def ids(
 
 @app.command()
 def demo(
-    steps: Annotated[int | None, typer.Option(help="Training steps of each of the two models.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for corpus, checkpoint, table and picture.")] = Path("demo"),
-    shards: Annotated[int, typer.Option(help="Memory shards.")] = 2,
-    workers: Annotated[int, typer.Option(help="Compute workers.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of weights, rows and data order.")] = 0,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
-    redis: Annotated[str | None, typer.Option(help="Directory for several hosts.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=2**31, help="Training steps of each of the two models.", show_default="250")
+    ] = None,
+    out: Annotated[Path, path_option("Folder for corpus, checkpoint, table and picture.")] = Path("demo"),
+    shards: Shards = 2,
+    workers: Annotated[int, typer.Option(min=1, max=MOST_SHARDS, help="Compute workers to start.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of weights, rows and data order.")] = 0,
+    address: Address = None,
+    redis: Redis = None,
 ) -> None:
     """The main job from start to end: train with and without Engram over real shards, generate, compare."""
     from .config import ClusterConfig
@@ -337,7 +397,12 @@ def demo(
     with told():
         out.mkdir(parents=True, exist_ok=True)
         config = ClusterConfig(
-            run_dir=out.resolve() / "run", shards=shards, workers=workers, address=address, redis=redis
+            run_dir=out.resolve() / "run",
+            shards=shards,
+            workers=workers,
+            address=address,
+            redis=redis,
+            checkpoints=(out.resolve(),),
         )
         run_demo(config, out.resolve(), steps=steps, seed=seed, console=console)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from engrid.directory import folder_source, is_address, redis_url
 
 MEMORY_RESOURCE = "engrid_memory"
 """Ray resource: MiB a node gives to tables (whole numbers, as Ray wants them)."""
@@ -15,9 +19,16 @@ COMPUTE_RESOURCE = "engrid_compute"
 
 
 def default_run_dir() -> Path:
-    """Where the directory file and the record of a cluster lie, unless told otherwise."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "engrid"
+    """Where the directory file and the record of a cluster lie, unless told otherwise. Raises ClusterError without a home."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # the specification has a relative one passed over
+        try:
+            state = Path.home() / ".local" / "state"
+        except RuntimeError:
+            state = Path()
+    if not state.is_absolute():
+        raise ClusterError("this user has no home folder; give --run-dir, or set HOME or XDG_STATE_HOME")
+    return state / "engrid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +43,11 @@ class ClusterConfig:
     a joined cluster offer."""
     address: str | None = None
     """Ray cluster to join (host:port, or auto); None: start Ray on this machine."""
-    redis: str | None = None
-    """Directory for more than one host; None: a file in run_dir."""
+    redis: str | None = field(default=None, repr=False)
+    """Directory for more than one host: a URL of Redis, or its host:port; None: a file in run_dir."""
+    checkpoints: tuple[Path, ...] = ()
+    """Folders in which the shards may write and read checkpoints; none: the working directory. Where the directory is a file,
+    commands of this user may name others as well."""
     timeout: float = 120.0
     """Seconds until every shard and worker must be healthy."""
 
@@ -42,13 +56,19 @@ class ClusterConfig:
             raise ValueError(
                 f"shards {self.shards}, workers {self.workers}: give at least 1 shard, and no fewer than 0 workers"
             )
-        if self.memory_gib is not None and self.memory_gib <= 0:
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
             raise ValueError(f"memory {self.memory_gib} GiB per shard: give a positive number")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout {self.timeout}: give a positive number of seconds")
+        if self.address is not None and self.address != "auto" and not is_address(self.address):
+            raise ValueError(f"address {self.address!r}: give HOST:PORT of a Ray head, or auto")
+        if self.redis is not None:
+            redis_url(self.redis)
 
     @property
     def directory(self) -> str:
-        """URL of the directory."""
-        return self.redis or f"file:{self.run_dir.resolve()}"
+        """The directory, as `engrid.directory.read_source` reads it from any working folder."""
+        return redis_url(self.redis) if self.redis is not None else folder_source(self.run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +77,7 @@ class Record:
 
     identity: str
     """Tells this cluster's actors and files from those of another on the same Ray or in the same run directory."""
-    directory: str
+    directory: str = field(repr=False)
     ray_address: str | None = None
     ray_pid: int | None = None
     """Our Ray head and leader of its process group; None where a cluster was joined."""
@@ -74,6 +94,8 @@ class Record:
     workers: dict[str, str] = field(default_factory=dict)
     """Addresses of the compute workers, by name."""
     ready: bool = False
+    kept: bool = False
+    """Nothing runs: the cluster was taken down, and its shards' state folders are there for the next `engrid up`."""
 
     @property
     def namespace(self) -> str:
@@ -89,10 +111,12 @@ class Record:
         return run_dir.resolve() / f"state-{self.identity}"
 
     def save(self, run_dir: Path) -> None:
-        """By temp file and rename."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """By temp file and rename; for this user alone, as the directory's URL may hold a password."""
+        make_run_dir(run_dir)
         temporary = self.path(run_dir).with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
         temporary.replace(self.path(run_dir))
 
     @classmethod
@@ -102,7 +126,7 @@ class Record:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path} is no record of a cluster ({error}); stop its processes by hand and remove it"
@@ -115,6 +139,12 @@ class Record:
         return record
 
 
+def make_run_dir(run_dir: Path) -> None:
+    """Makes the folder, for this user alone; one that is there stays as it is."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, exist_ok=True)
+
+
 class ClusterError(Exception):
     """The cluster could not be brought up or found. The message names the part and what to do."""
 
@@ -123,5 +153,7 @@ def require_cluster(run_dir: Path) -> Record:
     """The record of the cluster that is up; raises ClusterError where none is."""
     record = Record.load(run_dir)
     if record is None or not record.ready:
-        raise ClusterError(f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {run_dir}")
+        raise ClusterError(
+            f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {shlex.quote(str(run_dir))}"
+        )
     return record

@@ -20,7 +20,8 @@ from engrid.worker.saved_model import FOLDER
 from .config import ClusterConfig, Record
 from .demo_report import draw_curves, result_table, trace_table
 from .generate import Worker, open_model, stream
-from .launch import down, up
+from .launch import up
+from .stop import down
 from .train import run_training, train_with_progress
 
 STEPS = 250

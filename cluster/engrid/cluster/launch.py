@@ -1,39 +1,34 @@
-"""Brings a cluster up and takes it down. Ray places, starts and stops the processes; nothing else.
+"""Brings a cluster up. Ray places, starts and stops the processes; nothing else.
 
 Everything is written to the record before it is started, so `down` after a crash in the middle of `up` finds all
-of it, and stops exactly that.
+of it, and stops exactly that. Whoever changes a run directory holds its lock.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import signal
-import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 
-from engrid.directory import CorruptDirectoryError, open_directory
+from engrid.client import MemoryClient
+from engrid.client.admin import spread_placement
+from engrid.directory import CorruptDirectoryError, ShardRecord, masked, open_directory
 from engrid.rpc.channel import command_channel
 from engrid.rpc.server import check_health
 
 from .capacity import memory_here, memory_joined
-from .config import COMPUTE_RESOURCE, MEMORY_RESOURCE, ClusterConfig, ClusterError, Record
-from .interrupts import uninterrupted
-from .ray_head import free_port, is_alive, new_temp, processes_with, start_head, stop_head, use_token, wait_for_head
+from .config import ClusterConfig, ClusterError, Record
+from .ray_calls import RayCalls, connected
+from .ray_head import free_port, new_temp, ray_environment, start_head, wait_for_head
+from .run_lock import changing
+from .stop import stop_record
 
-MIB = 1 << 20
-STOP_SECONDS = 10.0
-CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 1.0
 """How long a shard that is registered already has to show that it lives."""
 
@@ -43,124 +38,118 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
 
     Raises ClusterError naming the part that failed, after stopping what was started.
     """
-    if Record.load(config.run_dir) is not None:
+    with changing(config.run_dir, "engrid up"):
+        kept = Record.load(config.run_dir)
+        if kept is not None:
+            _check_kept(config, kept)
+        registered = check_directory_free(config.directory)
+        record = (
+            replace(kept, kept=False) if kept else Record(identity=uuid.uuid4().hex[:8], directory=config.directory)
+        )
+        deadline = time.monotonic() + config.timeout
+        try:
+            record = (_join_ray if config.address else _start_ray)(config, record, say, deadline)
+            record = _start_actors(config, record, registered, say, deadline)
+            _wait_healthy(record, deadline)
+            if kept is not None:
+                _announce(record)
+            return record.changed(config.run_dir, ready=True)
+        except BaseException:
+            stop_record(config.run_dir, keep_rows=kept is not None)
+            raise
+
+
+def _check_kept(config: ClusterConfig, kept: Record) -> None:
+    """Raises ClusterError unless the record is of a cluster that was taken down, and that this one can go on from."""
+    if not kept.kept:
         raise ClusterError(
             f"a cluster is up in {config.run_dir} already; stop it with: engrid down --run-dir {config.run_dir}"
         )
-    check_directory_free(config.directory)
-    record = Record(identity=uuid.uuid4().hex[:8], directory=config.directory)
-    try:
-        record = _join_ray(config, record) if config.address else _start_ray(config, record, say)
-        record = _start_actors(config, record, say)
-        _wait_healthy(config, record)
-        return record.changed(config.run_dir, ready=True)
-    except BaseException:
-        down(config.run_dir)
-        raise
+    if config.shards < len(kept.shards) or config.directory != kept.directory:
+        raise ClusterError(
+            f"{config.run_dir} keeps the rows of {len(kept.shards)} shards and directory {masked(kept.directory)}; give as "
+            f"many --shards and that directory, or discard them with: engrid down --run-dir {config.run_dir}"
+        )
 
 
-def check_directory_free(url: str) -> None:
-    """Raises ClusterError where shards of another cluster serve from this directory: ours would take their place."""
-    directory = open_directory(url)
+def check_directory_free(source: str) -> Mapping[str, ShardRecord] | None:
+    """The shards registered, none of which answers; None where the directory cannot be read as one.
+
+    Raises ClusterError where shards of another cluster serve from this directory: ours would take their place.
+    """
+    directory = open_directory(source)
     try:
         registered = directory.shards()
     except CorruptDirectoryError:
-        return
+        return None
     finally:
         directory.close()
-    for shard in registered.values():
-        if answers(shard.address, timeout=HEALTH_SECONDS):
+    with ThreadPoolExecutor(16) as threads:
+        alive = list(threads.map(lambda each: answers(each.address, timeout=HEALTH_SECONDS), registered.values()))
+    for shard, lives in zip(registered.values(), alive, strict=True):
+        if lives:
             raise ClusterError(
-                f"directory {url} is in use: shard {shard.name} serves at {shard.address}; stop that cluster, or give "
-                "another --run-dir, or another ?prefix= in --redis"
+                f"directory {masked(source)} is in use: shard {shard.name} serves at {shard.address}; stop that cluster, or "
+                "give another --run-dir, or another ?prefix= in --redis"
             )
+    return registered
 
 
-def _join_ray(config: ClusterConfig, record: Record) -> Record:
+def _join_ray(config: ClusterConfig, record: Record, say: Callable[[str], None], deadline: float) -> Record:
     assert config.address is not None
-    with connected(replace(record, ray_address=config.address)) as ray:
-        memory_mib = memory_joined(config, ray.nodes(), ray.available_resources())
-    return record.changed(config.run_dir, ray_address=config.address, memory_mib=memory_mib)
+    say(f"joining the Ray at {config.address}")
+    record = replace(record, ray_address=config.address)
+    with calls_of(record, seconds=deadline - time.monotonic()) as ray:
+        offers = ray.call("offers", 30.0, "reading what Ray's nodes offer")
+    memory_mib = memory_joined(config, offers["nodes"], offers["available"])
+    return record.changed(config.run_dir, memory_mib=memory_mib)
 
 
-def _start_ray(config: ClusterConfig, record: Record, say: Callable[[str], None]) -> Record:
+def _start_ray(config: ClusterConfig, record: Record, say: Callable[[str], None], deadline: float) -> Record:
     memory_mib = memory_here(config)
     say("starting Ray")
     temp, port = new_temp(), free_port()
-    record = record.changed(
-        config.run_dir, ray_address=f"127.0.0.1:{port}", ray_temp=temp, memory_mib=memory_mib, host="127.0.0.1"
-    )
+    record = replace(record, memory_mib=memory_mib, host="127.0.0.1")
+    record = record.changed(config.run_dir, ray_address=f"127.0.0.1:{port}", ray_temp=temp)
     pid = start_head(temp, port, memory_mib=memory_mib * config.shards, workers=config.workers)
     record = record.changed(config.run_dir, ray_pid=pid)
-    wait_for_head(temp, pid, port, time.monotonic() + config.timeout)
+    wait_for_head(temp, pid, port, deadline)
     return record
 
 
-@contextmanager
-def connected(record: Record) -> Iterator[Any]:
-    """A driver's connection to the record's Ray, closed at the end. Yields the ray module.
-
-    Ray reads its environment when it is imported: a process connects to one Ray of ours.
-    """
+def calls_of(record: Record, *, seconds: float) -> AbstractContextManager[RayCalls]:
+    """A connection to the record's Ray, which must come about in so many seconds."""
     assert record.ray_address is not None
-    check_listens(record.ray_address)
-    if record.ray_temp is not None:
-        os.environ.update(use_token(record.ray_temp))
-    import ray
-
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=record.ray_address, namespace=record.namespace, log_to_driver=False, logging_level=logging.ERROR
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {record.ray_address}: {error}. If it takes a token, set RAY_AUTH_MODE=token"
-        ) from error
-    try:
-        _handle_sigterm(ours)  # Ray puts its own in place of it, and none when it shuts down
-        yield ray
-    finally:
-        ray.shutdown()
-        _handle_sigterm(ours)
+    return connected(record.ray_address, record.namespace, ray_environment(record.ray_temp), seconds=max(1.0, seconds))
 
 
-def _handle_sigterm(handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
-def check_listens(ray_address: str) -> None:
-    """Raises ClusterError at once where nothing listens at host:port; Ray would try for minutes."""
-    host, colon, port = ray_address.rpartition(":")
-    if not colon or not port.isdigit():
-        return  # auto, or a form that Ray knows
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(f"no Ray cluster answers at {ray_address}: {error}") from error
-
-
-def _start_actors(config: ClusterConfig, record: Record, say: Callable[[str], None]) -> Record:
-    from .actors import ComputeActor, ShardActor
-
+def _start_actors(
+    config: ClusterConfig,
+    record: Record,
+    registered: Mapping[str, ShardRecord] | None,
+    say: Callable[[str], None],
+    deadline: float,
+) -> Record:
     shards = [f"shard-{index}" for index in range(config.shards)]
     workers = [f"worker-{index}" for index in range(config.workers)]
-    with connected(record) as ray:
+    with calls_of(record, seconds=deadline - time.monotonic()) as ray:
         record = record.changed(config.run_dir, actors=[*shards, *workers])
-        _forget_directory(config)
+        _forget_shards(config.directory, registered, keep_placement=bool(record.shards))
         say(f"starting {config.shards} memory shards and {config.workers} compute workers")
-        actors = {
-            name: _options(ray, ShardActor, name, {MEMORY_RESOURCE: record.memory_mib}).remote(
-                name, config.directory, record.state(config.run_dir), record.memory_mib * MIB, record.host
-            )
-            for name in shards
-        }
-        gpu = 1 if ray.available_resources().get("GPU", 0) >= config.workers else 0
-        for name in workers:
-            options = _options(ray, ComputeActor, name, {COMPUTE_RESOURCE: 1}, gpus=gpu)
-            actors[name] = options.remote(name, config.directory, record.host)
-        addresses = _addresses(ray, actors, config.timeout)
+        left = max(1.0, deadline - time.monotonic())
+        addresses = ray.call(
+            "start",
+            left + 5.0,
+            "starting shards and workers",
+            shards=shards,
+            workers=workers,
+            directory=config.directory,
+            state=str(record.state(config.run_dir)),
+            memory_mib=record.memory_mib,
+            checkpoints=[str(folder.resolve()) for folder in config.checkpoints or (Path.cwd(),)],
+            host=record.host,
+            timeout=left,
+        )
     return record.changed(
         config.run_dir,
         shards={name: addresses[name] for name in shards},
@@ -168,47 +157,33 @@ def _start_actors(config: ClusterConfig, record: Record, say: Callable[[str], No
     )
 
 
-def _options(ray: Any, kind: type, name: str, resources: dict[str, float], gpus: int = 0) -> Any:
-    return ray.remote(kind).options(
-        name=name,
-        lifetime="detached",
-        max_restarts=0,
-        num_cpus=0,
-        num_gpus=gpus,
-        resources=resources,
-        max_concurrency=4,
-    )
+def _forget_shards(source: str, registered: Mapping[str, ShardRecord] | None, *, keep_placement: bool) -> None:
+    """A directory left by an earlier cluster names shards that are gone.
 
-
-def _addresses(ray: Any, actors: dict[str, Any], timeout: float) -> dict[str, str]:
-    asked = {name: actor.address.remote() for name, actor in actors.items()}
-    deadline, found = time.monotonic() + timeout, {}
-    for name, reply in asked.items():
-        try:
-            found[name] = str(ray.get(reply, timeout=max(0.1, deadline - time.monotonic())))
-        except ray.exceptions.GetTimeoutError as error:
-            raise ClusterError(
-                f"{name} did not start within {timeout:g} s; is there a node with room for it?"
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"{name} did not start: {error}") from error
-    return found
-
-
-def _forget_directory(config: ClusterConfig) -> None:
-    """A directory left by an earlier cluster names shards that are gone."""
-    directory = open_directory(config.directory)
+    Raises DirectoryChangedError where others registered since they were looked at: they may live.
+    """
+    directory = open_directory(source)
     try:
-        directory.clear()
+        if keep_placement:
+            for name in registered or {}:
+                directory.unregister(name)
+        else:
+            directory.clear(registered=registered)
     finally:
         directory.close()
 
 
-def _wait_healthy(config: ClusterConfig, record: Record) -> None:
-    deadline = time.monotonic() + config.timeout
+def _wait_healthy(record: Record, deadline: float) -> None:
     for name, address in {**record.shards, **record.workers}.items():
-        if not answers(address, timeout=max(0.1, deadline - time.monotonic())):
-            raise ClusterError(f"{name} at {address} does not answer its health check within {config.timeout:g} s")
+        if not answers(address, timeout=max(1.0, deadline - time.monotonic())):
+            raise ClusterError(f"{name} at {address} does not answer its health check in time")
+
+
+def _announce(record: Record) -> None:
+    """Tells the shards, which have the rows they had, where the others are now."""
+    with MemoryClient(record.directory) as client:
+        if client.connections.epoch:
+            spread_placement(client)
 
 
 def answers(address: str, *, timeout: float) -> bool:
@@ -218,56 +193,3 @@ def answers(address: str, *, timeout: float) -> bool:
             return check_health(channel, timeout=timeout)
         except grpc.RpcError:
             return False
-
-
-def down(run_dir: Path) -> list[str]:
-    """Stops what the record says, and nothing else; returns what that was. Empty where no cluster is up."""
-    with uninterrupted():
-        record = Record.load(run_dir)
-        if record is None:
-            return []
-        stopped = list(record.actors)
-        if record.ray_temp is None:
-            _stop_joined(run_dir, record)
-        else:
-            _stop_ours(record, record.ray_temp)
-            stopped.append("Ray")
-        shutil.rmtree(record.state(run_dir), ignore_errors=True)
-        Record.path(run_dir).unlink()
-        return stopped
-
-
-def _stop_joined(run_dir: Path, record: Record) -> None:
-    try:
-        _stop_actors(record)
-    except ClusterError as error:
-        raise ClusterError(
-            f"{error}. Nothing was stopped; if that Ray is gone for good, so are its actors: remove "
-            f"{Record.path(run_dir)}"
-        ) from error
-
-
-def _stop_ours(record: Record, temp: str) -> None:
-    if record.ray_pid and is_alive(record.ray_pid):
-        with suppress(ClusterError):  # a Ray that does not answer is stopped by its processes
-            _stop_actors(record)
-    stop_head(record.ray_pid, temp)
-    if left := processes_with(temp):
-        raise ClusterError(f"processes {sorted(left)} of our Ray could not be stopped; kill them by hand")
-
-
-def _stop_actors(record: Record) -> None:
-    if not record.ray_address or not record.actors:
-        return
-    with connected(record) as ray:
-        stopping = []
-        for name in record.actors:
-            try:
-                actor = ray.get_actor(name)
-            except ValueError:
-                continue
-            stopping.append((actor, actor.stop.remote()))
-        if stopping:
-            ray.wait([stop for _, stop in stopping], num_returns=len(stopping), timeout=STOP_SECONDS)
-        for actor, _ in stopping:
-            ray.kill(actor)

@@ -1,7 +1,12 @@
 """A Ray of our own on this machine: one head, started as a daemon, stopped with all that it started.
 
-It takes a token of its own, kept in its folder for this user alone: other users of the machine can reach its ports and
-could otherwise run code as us, and a token this user made for another Ray would lock us out of ours.
+It takes a token of its own: other users of the machine can reach its ports and could otherwise run code as us, and a
+token this user made for another Ray would lock us out of ours.
+
+    /tmp/engrid-ray-XXXXXXXX/    for this user alone; Ray lets everybody write to what it makes, so that lies deeper
+        token  head.log
+        empty/                   where the head and all it starts run, so that no module of the user's is taken for another
+        ray/                     Ray's sockets and logs
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +29,7 @@ from pathlib import Path
 from engrid.directory import process_lives
 
 from .config import COMPUTE_RESOURCE, MEMORY_RESOURCE, ClusterError
+from .environment import child_environment
 
 OBJECT_STORE_BYTES = 80_000_000
 """Near the least Ray takes: rows never go through the object store."""
@@ -46,8 +53,15 @@ def free_port() -> int:
 
 
 def new_temp() -> str:
-    """A folder for Ray's sockets and logs, its path short enough for a Unix socket's."""
+    """A folder of this user's for all of our Ray's files, its path short enough for a Unix socket's."""
     return tempfile.mkdtemp(prefix="engrid-ray-", dir="/tmp")
+
+
+def check_temp(temp: str) -> None:
+    """Raises ClusterError where others could put a token of theirs in place of ours."""
+    about = os.lstat(temp)
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise ClusterError(f"{temp}, the folder of our Ray, is another's or lets others in; remove it and start again")
 
 
 def use_token(temp: str) -> dict[str, str]:
@@ -55,18 +69,26 @@ def use_token(temp: str) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(temp, TOKEN_FILE))}
 
 
+def ray_environment(temp: str | None) -> dict[str, str]:
+    """For a process that talks to the Ray of this folder; None: to one that we join, which the shell may know how to."""
+    if temp is None:
+        return child_environment(os.environ, keep_ray=True)
+    return {**child_environment(os.environ, keep_ray=False), **use_token(temp)}
+
+
 def start_head(temp: str, port: int, *, memory_mib: int, workers: int) -> int:
     """Starts the head in a session of its own and returns its pid at once; `wait_for_head` waits."""
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--port", str(port), "--node-ip-address", "127.0.0.1", "--temp-dir", temp),
+        *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--port", str(port), "--node-ip-address", "127.0.0.1", "--temp-dir", str(Path(temp, "ray"))),
         *("--include-dashboard=false", "--disable-usage-stats", "--ray-client-server-port", str(free_port())),
         *("--object-store-memory", str(OBJECT_STORE_BYTES)),
         *("--resources", json.dumps({MEMORY_RESOURCE: memory_mib, COMPUTE_RESOURCE: workers})),
     ]
-    token = Path(temp, TOKEN_FILE)
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    token = os.open(Path(temp, TOKEN_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(token, "w", encoding="utf-8") as file:
+        file.write(secrets.token_hex(32))
+    Path(temp, "empty").mkdir()
     with Path(temp, "head.log").open("w") as log:
         head = subprocess.Popen(
             command,
@@ -74,7 +96,8 @@ def start_head(temp: str, port: int, *, memory_mib: int, workers: int) -> int:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, **RAY_SETTINGS, **use_token(temp), MARK: temp},
+            cwd=Path(temp, "empty"),
+            env={**ray_environment(temp), **RAY_SETTINGS, MARK: temp},
         )
     return head.pid
 
@@ -87,6 +110,7 @@ def wait_for_head(temp: str, pid: int, port: int, deadline: float) -> None:
         with socket.socket() as probe:
             probe.settimeout(0.2)
             if probe.connect_ex(("127.0.0.1", port)) == 0 and STARTED in log_tail(temp):
+                check_temp(temp)
                 return
         time.sleep(0.1)
     raise ClusterError(f"Ray did not start in time; its log ends: {log_tail(temp)}")
@@ -95,7 +119,7 @@ def wait_for_head(temp: str, pid: int, port: int, deadline: float) -> None:
 def log_tail(temp: str) -> str:
     """The last lines of the head's log."""
     log = Path(temp, "head.log")
-    return " ".join(log.read_text().split()[-60:]) if log.exists() else "(no log)"
+    return " ".join(log.read_text(encoding="utf-8", errors="replace").split()[-60:]) if log.exists() else "(no log)"
 
 
 def stop_head(pid: int | None, temp: str) -> None:

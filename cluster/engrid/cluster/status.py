@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import grpc
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from engrid.directory import Placement, open_directory
+from engrid.directory import DirectoryError, Placement, folder_source, masked, open_directory
 from engrid.rpc.channel import command_channel
 from engrid.v1 import compute_pb2, compute_pb2_grpc, memory_pb2, memory_pb2_grpc
 
@@ -55,14 +58,16 @@ class _Look:
 
     def tables(self) -> Group:
         directory, shards, workers = members(self._run_dir)
-        answers = {name: _ask_shard(address) for name, address in shards.items()}
+        answers = ask_shards(shards)
         parts = [self._shards(directory, shards, answers), _placed(answers)]
         if workers:
             parts.append(_workers(workers))
         return Group(*parts)
 
     def _shards(self, directory: str, shards: Mapping[str, str], answers: Mapping[str, _Shard]) -> Table:
-        table = _table(f"shards ({directory})", "shard", "address", "epoch", "GiB", "of", "rows read", "rows/s")
+        table = _table(
+            f"shards ({escape(masked(directory))})", "shard", "address", "epoch", "GiB", "of", "rows read", "rows/s"
+        )
         for name, address in shards.items():
             shard = answers[name]
             if shard.problem:
@@ -88,19 +93,65 @@ class _Look:
 
 
 def members(run_dir: Path) -> tuple[str, dict[str, str], dict[str, str]]:
-    """The directory's URL, and the addresses of shards and workers: of `engrid up`, or of shards started by hand."""
+    """The directory, and the addresses of shards and workers: of `engrid up`, or of shards started by hand.
+
+    A shard of `engrid up` that was started again by hand is at the address it registered.
+    """
     record = Record.load(run_dir)
     if record is not None and record.ready:
-        return record.directory, record.shards, record.workers
-    url = f"file:{run_dir.resolve()}"
-    directory = open_directory(url)
+        return record.directory, record.shards | _registered(record), record.workers
+    if record is not None and record.kept:
+        raise ClusterError(
+            f"nothing is up in {run_dir}, which keeps the rows of {len(record.shards)} shards; go on with: engrid up "
+            f"--shards {len(record.shards)} --run-dir {shlex.quote(str(run_dir))}"
+        )
+    source = folder_source(run_dir)
+    directory = open_directory(source)
     try:
         shards = {name: shard.address for name, shard in directory.shards().items()}
     finally:
         directory.close()
     if not shards:
-        raise ClusterError(f"nothing is up in {run_dir}; start it with: engrid up --run-dir {run_dir}")
-    return url, shards, {}
+        raise ClusterError(
+            f"nothing is up in {run_dir}; start it with: engrid up --run-dir {shlex.quote(str(run_dir))}"
+        )
+    return source, shards, {}
+
+
+def _registered(record: Record) -> dict[str, str]:
+    """Nothing where the directory cannot be read: the record knows where they were started."""
+    try:
+        directory = open_directory(record.directory)
+        try:
+            return {name: shard.address for name, shard in directory.shards().items() if name in record.shards}
+        finally:
+            directory.close()
+    except DirectoryError:
+        return {}
+
+
+def ask_shards(shards: Mapping[str, str]) -> dict[str, _Shard]:
+    """What each answers, all asked at once: a hung one costs its own time only."""
+    with ThreadPoolExecutor(32) as threads:
+        return dict(zip(shards, threads.map(_ask_shard, shards.values()), strict=True))
+
+
+def require_answers(shards: Mapping[str, str]) -> None:
+    """Raises ClusterError naming the shards that do not answer, for a command that would wait for them."""
+    away = [f"{name} at {shards[name]}: {each.problem}" for name, each in ask_shards(shards).items() if each.problem]
+    if away:
+        raise ClusterError(f"{'; '.join(away)}. Start it again, and stop it before if its process hangs")
+
+
+def live_tables(shards: Mapping[str, str]) -> dict[str, int]:
+    """The live tables in the shards, as far as these answer, with the least step a partition stands at."""
+    found: dict[str, int] = {}
+    for shard in ask_shards(shards).values():
+        placement = _placement(shard)
+        for part in shard.about.partitions if placement else ():
+            if part.table in placement.tables and not placement.tables[part.table].version:  # type: ignore[union-attr]
+                found[part.table] = min(part.step, found.get(part.table, part.step))
+    return dict(sorted(found.items()))
 
 
 def _ask_shard(address: str) -> _Shard:
@@ -140,16 +191,25 @@ def _placed(answers: Mapping[str, _Shard]) -> Table:
 
 def _workers(workers: Mapping[str, str]) -> Table:
     table = _table("compute workers", "worker", "address", "device", "doing", "checkpoint")
-    for name, address in workers.items():
-        with command_channel(address) as channel:
-            stub = compute_pb2_grpc.ComputeServiceStub(channel)  # type: ignore[no-untyped-call]
-            try:
-                about: Any = stub.Describe(compute_pb2.WorkerDescribeRequest(), timeout=TIMEOUT)
-            except grpc.RpcError as error:
-                table.add_row(name, address, f"[red]{_reason(error)}[/red]")
-                continue
-        table.add_row(name, address, about.device, "training" if about.training else "idle", about.checkpoint or "-")
+    with ThreadPoolExecutor(32) as threads:
+        answers = list(threads.map(_ask_worker, workers.values()))
+    for (name, address), about in zip(workers.items(), answers, strict=True):
+        if isinstance(about, str):
+            table.add_row(name, address, f"[red]{about}[/red]")
+        else:
+            doing = "training" if about.training else "idle"
+            table.add_row(name, address, about.device, doing, escape(about.checkpoint) or "-")
     return table
+
+
+def _ask_worker(address: str) -> Any:
+    """Its description, or what is wrong with it."""
+    with command_channel(address) as channel:
+        stub = compute_pb2_grpc.ComputeServiceStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            return stub.Describe(compute_pb2.WorkerDescribeRequest(), timeout=TIMEOUT)
+        except grpc.RpcError as error:
+            return _reason(error)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -4,7 +4,6 @@ A spec travels as JSON: in the placement, in create-table requests and in checkp
 hold equal specs hold equal initial rows, whatever the partitioning.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +18,8 @@ FP8_ROW_BYTES = FP8_VALUES + FP8_SCALES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of runs, of live tables and of versions; they are also parts of file names."""
+MAX_NAME = 200
+"""Characters of a table's name, which a file's, of 255 bytes at most, has to hold with more."""
 _STATE_FLOATS_PER_VALUE: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 0, "adam": 2}
 _STATE_FLOATS_PER_ROW: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 1, "adam": 0}
 
@@ -59,14 +60,14 @@ class OptimizerSpec:
     """Adam's decay of the mean squared gradient per step the row is touched; in [0, 1)."""
 
     eps: float = 1e-8
-    """Added to the root of the mean squared gradient by adam and adagrad; at least 1e-30, so not zero in float32."""
+    """Added to the root of the mean squared gradient by adam and adagrad; in [1e-30, 1e30), so that float32 holds it."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OptimizerKind):
             raise ValueError(f"kind is {self.kind!r}; give one of {', '.join(get_args(OptimizerKind))}")
         check_float("beta1", self.beta1, 0.0, 1.0)
         check_float("beta2", self.beta2, 0.0, 1.0)
-        check_float("eps", self.eps, 1e-30, math.inf)
+        check_float("eps", self.eps, 1e-30, 1e30)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -148,6 +149,8 @@ class TableSpec:
                 f"name is {self.name!r}; give letters, digits, '.', '_' and '-', not starting with a sign, and for a "
                 "sealed table '@' and its version"
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"name has {len(self.name)} characters; give at most {MAX_NAME}")
         if version and self.optimizer is not None:
             raise ValueError(f"table {self.name} is sealed, so it takes no optimizer; give None")
 

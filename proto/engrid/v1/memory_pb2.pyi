@@ -27,6 +27,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RUN_MISMATCH: _ClassVar[ErrorCode]
     DISK_FULL: _ClassVar[ErrorCode]
     PINNED: _ClassVar[ErrorCode]
+    INTERNAL: _ClassVar[ErrorCode]
 
 class PushOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +53,7 @@ UNAVAILABLE: ErrorCode
 RUN_MISMATCH: ErrorCode
 DISK_FULL: ErrorCode
 PINNED: ErrorCode
+INTERNAL: ErrorCode
 PUSH_OUTCOME_UNSPECIFIED: PushOutcome
 ACCEPTED: PushOutcome
 DUPLICATE: PushOutcome

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from engrid.directory import DirectoryError, FileDirectory
 from engrid.rpc.errors import BadRequestError, EngridError, from_rpc
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
@@ -61,6 +62,7 @@ class CheckpointSave:
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
         self._specs = {table: client.connections.table(table)[0] for table in tables}
+        _allow(client, self.folder)
         self._checkpoints = Checkpoints(LocalDisk(self.folder))
         self.partial = self._checkpoints.begin(self.name, uuid.uuid4().hex[:12])
         request = pb.CheckpointRequest(
@@ -137,6 +139,7 @@ def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, at
     are fenced. Raises what any shard answers: its partitions serve nothing then.
     """
     number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
+    _allow(client, folder)
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
@@ -182,6 +185,7 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
 
     Raises OSError where we cannot write it ourselves.
     """
+    _allow(client, folder)
     disk = LocalDisk(folder.resolve())
     file, content = f".shared-{uuid.uuid4().hex}", uuid.uuid4().bytes
     written = disk.create(file)
@@ -204,6 +208,14 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
         for name in disk.names(""):
             if name.startswith(file):
                 disk.remove(name)
+
+
+def _allow(client: MemoryClient, folder: Path) -> None:
+    """Tells shards of this host and user that they may use the folder. Others have to be started with it."""
+    directory = client.connections.directory
+    if isinstance(directory, FileDirectory):
+        with suppress(DirectoryError, OSError):  # whether a shard may use it is the shard's to say
+            directory.allow_folder(folder)
 
 
 def _holders(client: MemoryClient, tables: Sequence[str]) -> list[GrpcTransport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -31,10 +32,10 @@ from .transport import Wanted
 class MemoryClient:
     """Reads rows of all shards of one placement. Threads may share it."""
 
-    def __init__(self, source: str, config: ClientConfig | None = None) -> None:
-        """source: a directory (file:PATH, PATH or redis://...), or host:port of any shard.
+    def __init__(self, source: str | os.PathLike[str], config: ClientConfig | None = None) -> None:
+        """source: a directory (a path object, file:PATH, /PATH or redis://...), or host:port of any shard.
 
-        Raises DirectoryError or ShardUnavailableError where the source cannot be read.
+        Raises ValueError for what is none of them, DirectoryError or ShardUnavailableError where the source cannot be read.
         """
         self.config = config or ClientConfig()
         self.identity = uuid.uuid4().hex

@@ -11,6 +11,7 @@ thread, and whoever has no more time goes on without it.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from engrid.directory import Directory, Placement, open_directory
+from engrid.directory import Directory, Placement, ShardSource, open_directory, read_source
 from engrid.rpc.channel import open_channel
 from engrid.rpc.errors import (
     CancelledError,
@@ -37,7 +38,6 @@ from .config import ClientConfig
 from .routing import TableRoute, routes
 from .transport import GrpcTransport
 
-DIRECTORY_SCHEMES = ("file:", "redis://", "rediss://", "/", ".")
 DIRECTORY_SHARE = 0.5
 """Of the time there is, the most that is waited for the directory; the rest is for the shards."""
 DESCRIBE_SECONDS = 1.0
@@ -58,8 +58,8 @@ class Known:
 class Connections:
     """Shared by the threads of one client."""
 
-    def __init__(self, source: str, config: ClientConfig) -> None:
-        """source: a directory (file:PATH, PATH or redis://...), or host:port of any shard."""
+    def __init__(self, source: str | os.PathLike[str], config: ClientConfig) -> None:
+        """source: a directory (a path object, file:PATH, /PATH or redis://...), or host:port of any shard."""
         check_not_forked()
         self.config = config
         self.directory: Directory | None = None
@@ -69,12 +69,13 @@ class Connections:
         self._lock = threading.Lock()
         self._reads = threading.BoundedSemaphore(MAX_READS)
         self._closed = False
-        if source.startswith(DIRECTORY_SCHEMES):
+        found = read_source(source)
+        if isinstance(found, ShardSource):
+            self._placement = placement_of_shard(found.address, timeout=config.timeout)
+        else:
             self.directory = open_directory(source)
             known = read_directory(self.directory)
             self._placement, self._addresses = known.placement, dict(known.addresses)
-        else:
-            self._placement = placement_of_shard(source, timeout=config.timeout)
         self._routes = routes(self._placement) if self._placement else {}
 
     @property

@@ -9,7 +9,6 @@ what never left this worker can only have been seen if somebody else pushes in i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from engrid.rpc.errors import (
     UnknownTableError,
 )
 from engrid.rpc.frames import Floats, Ids, floats_to_bytes, ids_to_bytes
-from engrid.tables import TableSpec, sum_duplicates
+from engrid.tables import TableSpec, check_learning_rate, sum_duplicates
 from engrid.v1 import memory_pb2 as pb
 
 from .arrays import as_ids
@@ -40,7 +39,6 @@ from .client import MemoryClient
 
 MESSAGE_HEADROOM = 4096
 """Bytes of a push that are not rows, at most, per partition."""
-LARGEST_RATE = float(np.finfo(np.float32).max)
 
 
 class TrainingRun:
@@ -181,10 +179,7 @@ class TrainingRun:
             )
         if not isinstance(step, int) or isinstance(step, bool) or not 1 <= step < 2**63:
             raise BadRequestError(f"step {step!r}: steps are counted from 1")
-        if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.floating):
-            raise BadRequestError(f"learning rate {learning_rate!r}: give a number")
-        if not math.isfinite(learning_rate) or not 0 <= learning_rate <= LARGEST_RATE:
-            raise BadRequestError(f"learning rate {learning_rate}: give a number from 0 to {LARGEST_RATE:.3g}")
+        _check_rate(learning_rate)
 
     def _checked(self, table: str, given: tuple[Ids, Floats] | None) -> tuple[Ids, Floats]:
         spec, _ = self._client.connections.table(table)
@@ -252,6 +247,13 @@ class TrainingRun:
 
     def _ask(self, method: Method, requests: Mapping[str, Message]) -> Answers:
         return ask_all(self._client, method, requests)
+
+
+def _check_rate(learning_rate: float) -> None:
+    try:
+        check_learning_rate(learning_rate)
+    except ValueError as error:
+        raise BadRequestError(f"{error}; nothing was sent") from error
 
 
 def _check_arrays(spec: TableSpec, ids: Ids, values: Floats) -> None:

@@ -2,8 +2,9 @@
 
 A GrpcTransport keeps two streams to its shard, one for small and one for bulk requests, so that a token does
 not wait behind a prefill. Each stream has one thread that reads replies and puts rows where they belong; the
-caller's thread only waits. Whatever that thread meets, also what nobody thought of, fails the calls in flight. A stream that breaks fails what is in flight on it, and the next request opens
-another: nothing is sent twice behind the caller's back.
+caller's thread only waits. Whatever that thread meets, also what nobody thought of, fails the calls in flight. A stream
+that breaks fails what is in flight on it, and the next request opens another: nothing is sent twice behind the caller's
+back, but for what crossed the end of a stream that the shard took back because it had been idle.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class GrpcTransport:
                 tables, number=number, epoch=epoch, timeout_us=timeout_us, step=wanted.step, run=wanted.run
             )
 
-        self._stream(bulk=sum(call.sizes) > BULK_BYTES).send(encode, call)
+        bulk = sum(call.sizes) > BULK_BYTES
+        call.send_again = lambda: self._stream(bulk=bulk).send(encode, call)
+        self._stream(bulk=bulk).send(encode, call)
         return call
 
     def future(
@@ -158,6 +161,8 @@ class _GrpcCall:
         """Where it is under way."""
         self.read = False
         """The stream's reader has it and settles it; set under the stream's lock."""
+        self.send_again: Callable[[], None] | None = None
+        """Sends it over another stream; None: it was sent again already."""
         self._deliver = deliver
         self._error: EngridError | None = None
         self._settled = False
@@ -185,7 +190,9 @@ class _GrpcCall:
         return None
 
     def settle(self, error: EngridError | None) -> None:
-        self._error = error
+        if self._settled:
+            return
+        self._error, self.send_again = error, None
         self._settled = True
         with suppress(RuntimeError):  # settled already
             self._unsettled.release()
@@ -222,7 +229,12 @@ class _Stream:
 
     def __init__(self, channel: grpc.Channel, peer: str, max_in_flight: int) -> None:
         self.broken = False
+        self._error: EngridError = ShardUnavailableError(f"{peer}: the connection was lost before the request was sent")
+        """Why it is broken."""
+        self._taken_back = False
+        """The shard ended it, as it needed the room and saw nothing to answer on it."""
         self._peer = peer
+        self._closing = False
         self._numbers = itertools.count(1)
         self._calls: dict[int, _GrpcCall] = {}
         self._max_in_flight = max_in_flight
@@ -231,7 +243,6 @@ class _Stream:
         """Something in it: there was room a moment ago. Not a Condition, which Ctrl-C can leave with its lock let go."""
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._replies: Any = None
-        self._closing = False
         threading.Thread(target=self._read, args=(channel,), name=f"engrid {peer}", daemon=True).start()
 
     def send(self, encode: Callable[[int], bytes], call: _GrpcCall) -> None:
@@ -241,7 +252,7 @@ class _Stream:
             if self._enter(call):
                 self._outgoing.put(encode(call.number))
             else:
-                call.settle(ShardUnavailableError(f"{self._peer}: the connection was lost before the request was sent"))
+                self._fail(call)
         except BaseException:
             self._take(call)
             raise
@@ -312,20 +323,36 @@ class _Stream:
         except Exception as problem:  # noqa: BLE001 - raised to all who wait
             return ShardUnavailableError(f"{self._peer}: the connection was lost, and why cannot be read: {problem!r}")
         if isinstance(error, CancelledError):
+            self._taken_back = not self._closing
             return ShardUnavailableError(f"{self._peer}: the connection was closed")
         return error
 
     def _break(self, error: EngridError) -> None:
         """Whatever ended the reader: all that is in flight fails, and the next request opens another stream."""
         with self._lock:
-            self.broken = True
+            self.broken, self._error = True, error
             left, self._calls = list(self._calls.values()), {}
             for call in left:
                 call.read = True
         for call in left:
-            call.settle(error)
+            try:
+                self._fail(call)
+            except BaseException as problem:  # noqa: BLE001 - raised to whoever waits
+                call.settle(ShardUnavailableError(f"{self._peer}: {error}; it could not be sent again: {problem!r}"))
         self._ring()
         self.close()
+
+    def _fail(self, call: _GrpcCall) -> None:
+        """Lets the call know why, or sends it again where it only crossed the end of a stream that was idle."""
+        send_again, call.send_again = call.send_again, None
+        if not self._taken_back or send_again is None:
+            call.settle(self._error)
+            return
+        call.read = False
+        try:
+            send_again()
+        except EngridError as error:
+            call.settle(error)
 
     def _deliver_all(self, replies: Iterator[bytes]) -> None:
         for raw in replies:

@@ -3,11 +3,11 @@
 The directory is asked when processes start and when the placement changes, never by a lookup.
 """
 
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+import os
 
 from .errors import (
     CorruptDirectoryError,
+    DirectoryChangedError,
     DirectoryError,
     DirectoryUnavailableError,
     EpochConflictError,
@@ -19,12 +19,14 @@ from .errors import (
 from .file import FileDirectory
 from .placement import EMPTY_PLACEMENT, Partition, Placement, with_shards, with_tables, with_version, without_tables
 from .records import Directory, ShardRecord, process_lives, this_host
+from .sources import FolderSource, RedisSource, ShardSource, folder_source, is_address, masked, read_source, redis_url
 from .versions import Version
 
 __all__ = [
     "EMPTY_PLACEMENT",
     "CorruptDirectoryError",
     "Directory",
+    "DirectoryChangedError",
     "DirectoryError",
     "DirectoryUnavailableError",
     "EpochConflictError",
@@ -35,10 +37,16 @@ __all__ = [
     "PlacementError",
     "ShardNameTakenError",
     "ShardRecord",
+    "ShardSource",
     "ShardUnknownError",
     "Version",
+    "folder_source",
+    "is_address",
+    "masked",
     "open_directory",
     "process_lives",
+    "read_source",
+    "redis_url",
     "this_host",
     "with_shards",
     "with_tables",
@@ -47,25 +55,28 @@ __all__ = [
 ]
 
 
-def open_directory(url: str) -> Directory:
-    """Return the directory at `url`: a folder ("/run/engrid", "file:/run/engrid") or "redis://host:port[/database]".
+def open_directory(source: str | os.PathLike[str]) -> Directory:
+    """Return the directory in a folder (a path object, "/run/engrid", "file:/run/engrid") or at "redis://host:port[/database]".
 
     Nothing is read or connected to yet. Several directories share a Redis by "?prefix=NAME". Raises ValueError for
-    another scheme, and DirectoryError where redis:// is asked for and the redis package is missing.
+    anything else, an address without redis:// too, and DirectoryError where the redis package is missing.
     """
-    parts = urlsplit(url)
-    if parts.scheme in ("redis", "rediss"):
-        try:
-            from .redis import RedisDirectory
-        except ModuleNotFoundError as error:
-            if error.name != "redis":
-                raise
-            raise DirectoryError(f"{url} needs the redis package: pip install 'engrid[redis]'") from error
-        return RedisDirectory(url)
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost") or not parts.path:
-            raise ValueError(f"directory {url!r} names no local folder; give file:/absolute/path")
-        return FileDirectory(Path(unquote(parts.path)))
-    if not url or "://" in url:
-        raise ValueError(f"directory {url!r} is unknown; give a folder, file:/path or redis://host:port")
-    return FileDirectory(Path(url))
+    found = read_source(source)
+    if isinstance(found, FolderSource):
+        return FileDirectory(found.path)
+    if isinstance(found, RedisSource):
+        return _open_redis(found.url)
+    raise ValueError(
+        f"directory {found.address!r} is an address: give redis://{found.address} for Redis, or "
+        f"./{found.address} for a folder of that name"
+    )
+
+
+def _open_redis(url: str) -> Directory:
+    try:
+        from .redis import RedisDirectory
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise DirectoryError(f"{masked(url)} needs the redis package: pip install 'engrid[redis]'") from error
+    return RedisDirectory(url)

@@ -5,6 +5,7 @@ DirectoryError
 ├── CorruptDirectoryError      what is stored is not a directory of ours
 ├── EpochConflictError         another placement was published first
 ├── ShardNameTakenError        a shard of that name lives at another address
+├── DirectoryChangedError      shards registered or left between a look and a change
 ├── ShardUnknownError          no shard of that name is registered
 ├── OtherHostError             a file directory was used from a second host
 └── PlacementError             a placement that contradicts itself, or cannot be made (also a ValueError)
@@ -43,6 +44,10 @@ class EpochConflictError(DirectoryError):
 
 class ShardNameTakenError(DirectoryError):
     """Nothing was registered. Choose another name, or stop or unregister the shard that has it."""
+
+
+class DirectoryChangedError(DirectoryError):
+    """Nothing was changed. Look again: the shards that came may serve."""
 
 
 class ShardUnknownError(DirectoryError):

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from engrid.tables import check_keys
 
-from .errors import ShardNameTakenError
+from .errors import DirectoryChangedError, ShardNameTakenError
 from .placement import Placement
 
 
@@ -76,8 +76,11 @@ class Directory(Protocol):
         Raises ValueError unless the epoch rises.
         """
 
-    def clear(self) -> None:
-        """Forget all shards and the placement. The next publisher expects no placement."""
+    def clear(self, *, registered: Mapping[str, ShardRecord] | None = None) -> None:
+        """Forget all shards and the placement. The next publisher expects no placement.
+
+        registered: only while exactly these shards are registered, else DirectoryChangedError; None: whatever is.
+        """
 
     def close(self) -> None:
         """Release connections; the directory must not be used after."""
@@ -102,6 +105,16 @@ def check_name_is_free(where: str, old: ShardRecord | None, new: ShardRecord) ->
         f"shard name {old.name} is taken in {where} at {old.address} {state}; choose another name for {new.address},"
         f" or stop that shard and unregister {old.name}"
     )
+
+
+def check_registered(where: str, found: Mapping[str, ShardRecord], expected: Mapping[str, ShardRecord] | None) -> None:
+    """Raise DirectoryChangedError unless the shards found are those expected; None expects nothing."""
+    if expected is not None and found != expected:
+        others = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise DirectoryChangedError(
+            f"shards {', '.join(others)} came to or left {where} meanwhile, so another cluster is being started there;"
+            " look at what serves from it (engrid status), or give another directory"
+        )
 
 
 def check_epoch_rises(placement: Placement, expected_epoch: int | None) -> None:

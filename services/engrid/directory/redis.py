@@ -9,10 +9,10 @@ Commands are never repeated after a broken connection: the change may have been 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -21,7 +21,8 @@ from redis.retry import Retry
 
 from .errors import CorruptDirectoryError, DirectoryUnavailableError, EpochConflictError, ShardUnknownError
 from .placement import Placement
-from .records import ShardRecord, check_epoch_rises, check_name_is_free
+from .records import ShardRecord, check_epoch_rises, check_name_is_free, check_registered
+from .sources import check_redis, masked
 
 _TIMEOUT_SECONDS = 5.0
 _DEFAULT_PREFIX = "engrid"
@@ -30,24 +31,28 @@ _DEFAULT_PREFIX = "engrid"
 class RedisDirectory:
     """Keys under the prefix of `url`: redis://[user:password@]host:port[/database][?prefix=engrid].
 
-    Other options of redis-py, such as socket_timeout (seconds, 5 here), follow by &.
+    unix:///SOCKET[?db=0] is a socket of this host. Other options of redis-py, such as socket_timeout (seconds, 5 here), follow by &.
     """
 
     def __init__(self, url: str) -> None:
         """Connects at the first call; raises ValueError for a URL Redis cannot take."""
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
+        bare, _, options = check_redis(url).partition("?")
+        query = dict(parse_qsl(options))
         prefix = query.pop("prefix", _DEFAULT_PREFIX)
-        address = urlunsplit(parts._replace(query=urlencode(query)))
+        address = f"{bare}?{urlencode(query)}" if query else bare
         self._shards = f"{prefix}:shards"
         self._placement = f"{prefix}:placement"
-        self._where = f"Redis {parts.hostname}:{parts.port or 6379} (prefix {prefix})"
-        self._redis = redis.Redis.from_url(
-            address,
-            socket_timeout=_TIMEOUT_SECONDS,
-            socket_connect_timeout=_TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._where = f"Redis {_place(bare)} (prefix {prefix})"
+        try:
+            self._redis = redis.Redis.from_url(
+                address,
+                socket_timeout=_TIMEOUT_SECONDS,
+                socket_connect_timeout=_TIMEOUT_SECONDS,
+                retry=Retry(NoBackoff(), 0),
+            )
+            self._redis.connection_pool.make_connection()
+        except (TypeError, ValueError, redis.RedisError) as error:
+            raise ValueError(f"{masked(url)!r}: redis-py does not take an option of it: {error}") from None
 
     def register(self, record: ShardRecord) -> None:
         """See Directory.register."""
@@ -93,10 +98,20 @@ class RedisDirectory:
 
         self._change(self._placement, change)
 
-    def clear(self) -> None:
-        """See Directory.clear. Values that cannot be read are removed too."""
-        with self._errors():
-            self._redis.delete(self._shards, self._placement)
+    def clear(self, *, registered: Mapping[str, ShardRecord] | None = None) -> None:
+        """See Directory.clear. Values that cannot be read are removed too where nothing is expected."""
+        if registered is None:
+            with self._errors():
+                self._redis.delete(self._shards, self._placement)
+            return
+
+        def change(pipe: Pipeline) -> None:
+            found = [self._record(each) for each in pipe.hgetall(self._shards).values()]
+            check_registered(self._where, {record.name: record for record in found}, registered)
+            pipe.multi()
+            pipe.delete(self._shards, self._placement)
+
+        self._change(self._shards, change)
 
     def close(self) -> None:
         """See Directory.close."""
@@ -139,3 +154,11 @@ class RedisDirectory:
             raise DirectoryUnavailableError(
                 f"{self._where} does not serve: {error}; check that it runs and that this host may connect"
             ) from error
+
+
+def _place(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return parts.path
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{host}:{parts.port or 6379}"

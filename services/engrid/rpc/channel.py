@@ -12,16 +12,31 @@ from .forks import check_not_forked, never_freed_in_a_child
 MAX_MESSAGE_BYTES = 64 << 20
 """Largest message either side takes, in bytes. Lookups stay near 1 MiB; a push carries one worker's step."""
 
+MAX_CALLS = 1024
+"""Calls under way on one connection; a client's library holds back further ones."""
+
 _LIMITS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
 
-SERVER_OPTIONS: list[tuple[str, int]] = [
-    *_LIMITS,
-    # Without this a second server binds a port in use, silently, and shares its connections.
-    ("grpc.so_reuseport", 0),
-]
+
+def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
+    """keepalive_seconds: how often a client's machine that is silent is asked whether it lives."""
+    return [
+        *_LIMITS,
+        # Without this a second server binds a port in use, silently, and shares its connections.
+        ("grpc.so_reuseport", 0),
+        # A client whose machine froze or lost its power sends no FIN: its connection would be kept for two hours.
+        ("grpc.keepalive_time_ms", int(1000 * keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", int(667 * keepalive_seconds)),
+        # gRPC takes the longer of the two, and the second is a minute by default.
+        ("grpc.http2.ping_timeout_ms", int(667 * keepalive_seconds)),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Calls of one connection at a time, refused or waiting ones included.
+        ("grpc.max_concurrent_streams", MAX_CALLS),
+    ]
+
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_LIMITS,
@@ -32,6 +47,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_reconnect_backoff_ms", 100),
     # One connection per channel object: closing a client closes what it opened, nothing shared.
     ("grpc.use_local_subchannel_pool", 1),
+    # http_proxy and the like are for the web: a proxy would refuse what goes from process to process of ours, or hang.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 

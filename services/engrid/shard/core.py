@@ -19,6 +19,7 @@ again, with the next seq, and the newer gradients take the place of the older.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engrid.directory import Placement
 from engrid.rpc.errors import (
@@ -33,9 +34,13 @@ from engrid.rpc.errors import (
     WrongEpochError,
 )
 
-from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push
+from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push, Together
 
-MOST_PIN_SECONDS = 3600.0
+MOST_PIN_SECONDS = 600.0
+MAX_READERS, MAX_PINNED = 1024, 16_384
+"""Pins, and names of tables in all of them together: a pin is kept until its time is over, whoever sent it."""
+MAX_NAME_BYTES = 512
+"""Bytes of a name that a client gives and a shard keeps."""
 
 
 class ShardCore:
@@ -127,9 +132,24 @@ class ShardCore:
         live = [table for table in tables if "@" not in table]
         if live or not reader:
             raise BadRequestError(f"pins are a reader's and of sealed tables (NAME@VERSION), not of {live or 'nobody'}")
-        self._pins = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        for name in (reader, *tables):
+            self._check_size(name)
+        wanted = frozenset(tables)
+        others = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        held = sum(len(names) for names, _ in others.values())
+        if seconds and (len(others) >= MAX_READERS or held + len(wanted) > MAX_PINNED):
+            raise ShardUnavailableError(
+                f"shard {self.shard} holds pins of {held} tables by {len(others)} readers, and one of {len(wanted)} more would "
+                f"pass its limits of {MAX_PINNED} and {MAX_READERS}; try again once other readers have let go"
+            )
+        self._pins = others
         if seconds:
-            self._pins[reader] = (frozenset(tables), now + seconds)
+            self._pins[reader] = (wanted, now + seconds)
+
+    @staticmethod
+    def _check_size(name: str) -> None:
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise BadRequestError(f"a name of {len(name.encode())} bytes: give at most {MAX_NAME_BYTES}")
 
     def pinned(self, now: float) -> frozenset[str]:
         """Tables that someone reads."""
@@ -141,6 +161,7 @@ class ShardCore:
         """Whether it would change anything; raises what begin_run raises and changes nothing."""
         if workers < 0 or attempt < 1 or not run:
             raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker (0 only claims it)")
+        self._check_size(run)
         states = self._of_tables(tables)
         assert self.placement is not None
         for table in tables:
@@ -210,6 +231,22 @@ class ShardCore:
             self.check_epoch(table, push.epoch)
         return [self._admit(push, part) for part in push.parts]
 
+    def together(self, push: Push) -> list[Together]:
+        """What the push would have its partitions apply, should it be the last of its step; and before that its own alone,
+        so that the worker whose gradients are too large is the one refused. Raises what push raises, changes nothing."""
+        found = []
+        for part, is_new in zip(push.parts, self.check_push(push), strict=True):
+            if not is_new:
+                continue
+            found.append(Together(part.key, push.learning_rate, (part.gradients,)))
+            state = self.partitions[part.key]
+            pushes = {worker: (held.learning_rate, held.gradients) for worker, held in state.held.items()}
+            pushes[push.worker] = (push.learning_rate, part.gradients)
+            if len(pushes) == state.workers > 1:
+                ranked = [pushes[worker] for worker in sorted(pushes)]
+                found.append(Together(part.key, ranked[0][0], tuple(gradients for _, gradients in ranked)))
+        return found
+
     def push(self, push: Push) -> tuple[list[bool], list[Apply]]:
         """Takes a push whole or not at all. Per part, whether it was new (False: DUPLICATE); then what applies."""
         new = self.check_push(push)
@@ -241,7 +278,18 @@ class ShardCore:
                 f"{where} is at step {state.step}; worker {push.worker} pushed step {push.step}",
                 expected=state.step + 1,
             )
+        self._check_rate(push.worker, push.learning_rate, state, where)
         return True
+
+    @staticmethod
+    def _check_rate(worker: int, learning_rate: float, state: PartitionState, where: str) -> None:
+        """All workers' pushes of a step apply at one rate. What is not committed yet may still be pushed anew."""
+        for other, held in state.held.items():
+            if other != worker and held.committed and held.learning_rate != learning_rate:
+                raise BadRequestError(
+                    f"{where}: worker {worker} pushes step {held.step} with learning rate {learning_rate:g}, worker {other} "
+                    f"with {held.learning_rate:g}; give all the same"
+                )
 
     @staticmethod
     def _check_run(run: str, attempt: int, worker: int, state: PartitionState, where: str) -> None:
@@ -270,6 +318,8 @@ class ShardCore:
             being_applied = state.applying and step == state.step + 1
             if state.step < step and not being_applied and (held is None or held.step != step):
                 raise ExpectedError(f"{where} lacks worker {worker}'s push of step {step}", expected=state.step + 1)
+            if held is not None and held.step == step:
+                self._check_rate(worker, held.learning_rate, state, where)
         held_now = [state.held.get(worker) for state in mine.values()]
         return any(held is not None and held.step == step and not held.committed for held in held_now)
 
@@ -307,6 +357,10 @@ class ShardCore:
         state = self.partitions.get(key)
         if state is not None:
             state.step, state.applying = step, False
+
+    def loading(self, key: PartitionKey) -> None:
+        """The shell is about to overwrite the partition's rows: it has none to serve until `loaded`, nor takes commits."""
+        self.partitions[key] = replace(self.partitions[key], empty=True, watermarks={}, held={})
 
     def loaded(self, key: PartitionKey, step: int, run: str = "", attempt: int = 0) -> None:
         """The shell has overwritten the partition's rows with what an attempt of a run made of `step`.

@@ -45,6 +45,15 @@ class Apply:
     gradients: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Together:
+    """Gradients of one step that a partition would apply at once, in rank order."""
+
+    key: PartitionKey
+    learning_rate: float
+    gradients: tuple[Any, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adoption:
     """Decision: what a new placement changes on this shard."""

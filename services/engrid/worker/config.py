@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
@@ -26,8 +27,8 @@ class WorkerConfig:
     """host:port; port 0 for any free one."""
     advertise_host: str | None = None
     """Host that clients reach us by, where `listen` binds all interfaces."""
-    directory: str
-    """file:PATH of a run directory, or redis://HOST:PORT[/DB][?prefix=NAME]."""
+    directory: str | os.PathLike[str] = field(repr=False)
+    """A run directory (a path object or file:PATH), or redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME]."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int | None = None
@@ -38,6 +39,8 @@ class WorkerConfig:
     """Map sealed tables of shards on this host, where that is possible."""
     cache_bytes: int = 64 << 20
     """For rows of sealed tables read over gRPC; 0: none."""
+    reply_timeout: float = 30.0
+    """Seconds a client may leave a reply untaken before its call is ended."""
 
 
 def demo_model() -> ModelConfig:
