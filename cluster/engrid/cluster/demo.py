@@ -33,9 +33,9 @@ STEPS = 250
 PAIRED_STEPS = 10
 """Of each of the short runs that compare memory in the shards with memory in process."""
 PAIRS = 5
-SHOWN_PROMPT = "def read_file(path):\n    "
+SHOWN_PROMPT = "class Reader:\n    def __init__(self, path):\n        self."
 SHOWN_TOKENS = 96
-SHOWN_TEMPERATURE = 0.7
+SHOWN_TEMPERATURE = 0.5
 """Greedily so small a model repeats itself."""
 SHOWN_SEED = 0
 TRACED_PROMPT = "Harry Potter dropped his wand"
@@ -158,7 +158,7 @@ def _show_generation(worker: Worker, console: Console) -> str:
             seed=SHOWN_SEED,
         )
     written = whole_lines(SHOWN_PROMPT + "".join(pieces))
-    console.rule("generated through the compute worker, the first line given")
+    console.rule("generated through the compute worker, from its third line on")
     console.print(written, markup=False, highlight=False, soft_wrap=True)
     console.rule()
     return written
