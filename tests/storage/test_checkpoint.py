@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from engrid.shard.gradients import Gradients
 from engrid.shard.rows import PartitionRows
 from engrid.shard.saving import save_snapshot
 from engrid.shard.snapshot import ImageMemory
@@ -55,7 +56,7 @@ class Store:
         grads = rng.standard_normal((len(ids), self.spec.width)).astype(np.float32)
         for part in self.parts:
             mine = (ids >= part.start) & (ids < part.stop)
-            part.apply(self.step, 0.1, [(ids[mine], grads[mine])])
+            part.apply(self.step, 0.1, [Gradients.of(ids[mine], grads[mine])])
 
     def save(self, base: str = "", token: str = "a", meanwhile: int = 0) -> str:
         """meanwhile: steps trained between the begin of the snapshots and the sweep."""
@@ -186,6 +187,16 @@ def test_rows_alone_of_any_range_can_be_read(tmp_path: Path) -> None:
         rows = np.empty((stop - start, 16), np.uint8)
         store.checkpoints.restore_arrays(store.checkpoints.chain(second), "t", start, stop, {"rows": rows})
         np.testing.assert_array_equal(rows, whole[start:stop])
+
+
+def test_restored_rows_are_measured_so_that_ordinary_updates_are_not_computed_twice(tmp_path: Path) -> None:
+    store = Store(spec_of("adam"), LocalDisk(tmp_path), [100])
+    store.train()
+    chain = store.checkpoints.chain(store.save())
+    table = RowTable(store.spec, filled=False)
+    assert not table.stays_finite(1.0, 2, 0.1), "nothing is known of it"
+    store.checkpoints.restore(chain, table)
+    assert table.stays_finite(1.0, 2, 0.1)
 
 
 def test_a_later_attempt_is_newer_although_its_step_is_lower(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import grpc
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient
+from engrid.client import Attempt, ClientConfig, MemoryClient
 from engrid.client.checkpoints import CheckpointSave, live_states
 from engrid.client.training import TrainingRun
 from engrid.rpc.errors import BadRequestError, EngridError, FencedError
@@ -85,7 +85,7 @@ def test_who_still_trains_the_older_attempt_is_fenced(store, folder, out, unbrok
     stop_at(8, config_of(out), folder)
     tables = ["demo.engram.0", "demo.engram.1"]
     store.connections.refresh()
-    zombie = TrainingRun(store, run="demo-1", attempt=1, worker=0, workers=1, tables=tables)
+    zombie = TrainingRun(store, run="demo-1", attempt=Attempt("demo-1", 1, "demo-1"), tables=tables)
     late = CheckpointSave(store, out / "checkpoint", run="demo-1", attempt=1, step=8, tables=tables)
     progress = train(config_of(out, resume=True), Place(identity="x"), lambda: MemoryClient(f"file:{folder}"), "cpu")
     assert next(each for each in progress if each.step).step.step == 7

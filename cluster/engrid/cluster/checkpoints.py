@@ -105,7 +105,8 @@ def restore(
     run_dir: RunDir = None,
 ) -> None:
     """Put a checkpoint's rows and optimizer state into the live tables, over the shards there are now."""
-    from engrid.client.checkpoints import check_replaces, newest_attempt, restore_tables
+    from engrid.client.attempts import newest_attempt
+    from engrid.client.checkpoints import check_replaces, restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
     from .cli import console, told, where

@@ -24,6 +24,7 @@ from .options import (
     MOST_GIB,
     MOST_SHARDS,
     Address,
+    CheckpointFolders,
     Memory,
     Redis,
     RunDir,
@@ -135,6 +136,7 @@ def up(
     memory: Memory = None,
     address: Address = None,
     redis: Redis = None,
+    checkpoints: CheckpointFolders = None,
     timeout: Timeout = 120.0,
     run_dir: RunDir = None,
 ) -> None:
@@ -150,6 +152,7 @@ def up(
             memory_gib=memory,
             address=address,
             redis=redis,
+            checkpoints=tuple(checkpoints or ()),
             timeout=timeout,
         )
         with console.status("starting") as status:
@@ -230,6 +233,7 @@ def shard(
         int | None,
         typer.Option(help="Log to replay at most.", min=1, max=1 << 62, show_default="2 GiB", metavar="BYTES"),
     ] = None,
+    checkpoints: CheckpointFolders = None,
     run_dir: RunDir = None,
 ) -> None:
     """Run one shard in this process, without Ray."""
@@ -249,6 +253,7 @@ def shard(
                 directory=redis if redis is not None else folder_source(where(run_dir)),
                 memory_bytes=int(memory * (1 << 30)) if memory is not None else None,
                 state=state,
+                checkpoints=tuple(checkpoints or ()),
                 log_bytes=log_bytes if log_bytes is not None else ShardConfig.log_bytes,
             )
         )
@@ -394,7 +399,12 @@ def demo(
     with told():
         out.mkdir(parents=True, exist_ok=True)
         config = ClusterConfig(
-            run_dir=out.resolve() / "run", shards=shards, workers=workers, address=address, redis=redis
+            run_dir=out.resolve() / "run",
+            shards=shards,
+            workers=workers,
+            address=address,
+            redis=redis,
+            checkpoints=(out.resolve(),),
         )
         run_demo(config, out.resolve(), steps=steps, seed=seed, console=console)
 

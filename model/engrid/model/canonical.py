@@ -1,4 +1,4 @@
-"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (engram.md, 1)."""
+"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (docs/engram.md, 1)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, models, normalizers
 
-DEAD = -1
-"""Canonical id of a negative raw id (an image token): no n-gram spans it."""
+from .lookup import DEAD
 
 REPLACEMENT = "\ufffd"
 

@@ -11,7 +11,7 @@ from engrid.tables import RowFormat, check_float, check_int, check_keys
 
 @dataclass(frozen=True, kw_only=True)
 class EngramSpec:
-    """The memory of one model: which layers have a table, and how n-grams address its rows (engram.md, 2-4)."""
+    """The memory of one model: which layers have a table, and how n-grams address its rows (docs/engram.md, 2-4)."""
 
     layers: tuple[int, ...]
     """Transformer layers that have an Engram layer, 0-based, in the order that hands out primes."""
@@ -148,4 +148,4 @@ PRESETS = {
         row_format="fp8_e4m3_ue8m0",
     ),
 }
-"""Published shapes (engram.md, 8), hashed over DeepSeek's tokenizer."""
+"""Published shapes (docs/engram.md, 8), hashed over DeepSeek's tokenizer."""

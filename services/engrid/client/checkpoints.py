@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from engrid.directory import DirectoryError, FileDirectory
 from engrid.rpc.errors import BadRequestError, EngridError, from_rpc
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
@@ -31,6 +32,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
 from .admin import create_tables, current, directory_of, spread_placement
+from .attempts import Attempt
 from .client import MemoryClient
 from .transport import GrpcTransport
 
@@ -60,6 +62,7 @@ class CheckpointSave:
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
         self._specs = {table: client.connections.table(table)[0] for table in tables}
+        _allow(client, self.folder)
         self._checkpoints = Checkpoints(LocalDisk(self.folder))
         self.partial = self._checkpoints.begin(self.name, uuid.uuid4().hex[:12])
         request = pb.CheckpointRequest(
@@ -128,20 +131,23 @@ class CheckpointSave:
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 
-def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: int) -> None:
+def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: Attempt | int) -> None:
     """Makes the live tables of a checkpoint what they were, rows and optimizer state, over all shards there are now.
 
     Tables that are not there, or lie on other shards than those registered now, are made anew; live ones of another spec
-    are replaced. attempt: the one that goes on from here; older ones are fenced. Raises what any shard answers: its
-    partitions serve nothing then.
+    are replaced. attempt: the one that goes on from here, a bare number being for whoever begins it first; older ones
+    are fenced. Raises what any shard answers: its partitions serve nothing then.
     """
+    _allow(client, folder)
+    number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
         folder=str(folder.resolve()),
         name=manifest.name,
         tables=tables,
-        attempt=attempt,
+        attempt=number,
+        token=token,
         wait=client.config.push_timeout,
     )
     timeout = client.config.checkpoint_timeout
@@ -161,12 +167,6 @@ def _make(client: MemoryClient, specs: Mapping[str, TableSpec]) -> None:
         spread_placement(client)
     else:
         create_tables(client, list(specs.values()), replace=True)
-
-
-def newest_attempt(client: MemoryClient, run: str) -> int:
-    """The newest attempt of a run that any shard has seen; 0 where none knows the run. Shards that are away know none."""
-    replies = _descriptions(client)
-    return max((state.attempt for reply in replies for state in reply.partitions if state.run == run), default=0)
 
 
 def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:
@@ -211,6 +211,7 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
 
     Raises OSError where we cannot write it ourselves.
     """
+    _allow(client, folder)
     disk = LocalDisk(folder.resolve())
     file, content = f".shared-{uuid.uuid4().hex}", uuid.uuid4().bytes
     written = disk.create(file)
@@ -233,6 +234,14 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
         for name in disk.names(""):
             if name.startswith(file):
                 disk.remove(name)
+
+
+def _allow(client: MemoryClient, folder: Path) -> None:
+    """Tells shards of this host and user that they may use the folder. Others have to be started with it."""
+    directory = client.connections.directory
+    if isinstance(directory, FileDirectory):
+        with suppress(DirectoryError, OSError):  # whether a shard may use it is the shard's to say
+            directory.allow_folder(folder)
 
 
 def _holders(client: MemoryClient, tables: Sequence[str]) -> list[GrpcTransport]:

@@ -23,13 +23,12 @@ from engrid.tables import RowTable
 
 from .disk import Disk
 from .errors import CheckpointDamagedError, CheckpointError, CheckpointMissingError
-from .manifest import Manifest, WorkerFile
+from .manifest import CHECKPOINT_NAME, Manifest, WorkerFile
 from .partition import Array, restore
 
 MANIFEST = "manifest.json"
 _HELD = ".held."
 _READ_BYTES = 8 << 20
-_NAME = re.compile(r"step-(\d{8,})(?:\.attempt-(\d+))?")
 _TOKEN = re.compile(r"[A-Za-z0-9-]+")
 
 
@@ -46,7 +45,7 @@ class Checkpoints:
 
         token: told apart from other tries at the same checkpoint by it, whose writers may not all be dead.
         """
-        if not _NAME.fullmatch(name) or not _TOKEN.fullmatch(token):
+        if not CHECKPOINT_NAME.fullmatch(name) or not _TOKEN.fullmatch(token):
             raise ValueError(
                 f"checkpoint {name!r}, token {token!r}; give a checkpoint_name, and letters, digits and '-'"
             )
@@ -98,13 +97,13 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Of all checkpoints, oldest first: by attempt, then by step."""
-        found = [match for match in map(_NAME.fullmatch, self.disk.names("")) if match]
+        found = [match for match in map(CHECKPOINT_NAME.fullmatch, self.disk.names("")) if match]
         return [match[0] for match in sorted(found, key=lambda match: (int(match[2] or 1), int(match[1])))]
 
     def read(self, name: str) -> Manifest:
         """Raises CheckpointMissingError or CheckpointDamagedError."""
         path = f"{name}/{MANIFEST}"
-        if not self.disk.exists(path):
+        if not CHECKPOINT_NAME.fullmatch(name) or not self.disk.exists(path):
             known = ", ".join(self.names()) or "none"
             raise CheckpointMissingError(f"no checkpoint {name}; there are: {known}")
         try:
@@ -201,6 +200,7 @@ class Checkpoints:
     def restore(self, chain: list[Manifest], table: RowTable) -> None:
         """Overwrites the rows of `table` and their state, bit for bit; the table may be any range, cut anew."""
         self.restore_arrays(chain, table.spec.name, table.start, table.stop, table.arrays())
+        table.measure()
 
     def restore_arrays(
         self, chain: list[Manifest], table: str, start: int, stop: int, into: Mapping[str, Array]

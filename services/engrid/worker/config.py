@@ -38,6 +38,8 @@ class WorkerConfig:
     """Map sealed tables of shards on this host, where that is possible."""
     cache_bytes: int = 64 << 20
     """For rows of sealed tables read over gRPC; 0: none."""
+    reply_timeout: float = 30.0
+    """Seconds a client may leave a reply untaken before its call is ended."""
     models: int = 2
     """Loaded at the same time, at most: those used last."""
 
@@ -85,7 +87,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """Peak, of the dense weights."""
     table_learning_rate_ratio: float = 5.0
-    """Learning rate of rows over that of dense weights (engram.md, 7)."""
+    """Learning rate of rows over that of dense weights (docs/engram.md, 7)."""
     warmup: int = 20
     """Steps to the peak; a cosine to a tenth of it follows."""
     seed: int = 0

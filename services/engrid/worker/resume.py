@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from engrid.client import MemoryClient
-from engrid.client.checkpoints import newest_attempt
+from engrid.client import Attempt, MemoryClient
+from engrid.client.attempts import newest_attempt
 from engrid.storage.checkpoint import MANIFEST, Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointError
@@ -41,8 +42,13 @@ class Start:
 
     saved: SavedModel | None
     """None: initial weights and rows."""
-    identity: str
-    attempt: int
+    attempt: Attempt
+    """The same on every rank."""
+
+    @property
+    def identity(self) -> str:
+        """Of the run."""
+        return self.attempt.run
 
     @property
     def step(self) -> int:
@@ -72,7 +78,7 @@ def start_anew(config: TrainConfig, identity: str) -> Start:
             f"{folder} holds checkpoints ({', '.join(names) or 'of an older engrid'}); go on from the newest with --resume, "
             "or give another --out"
         )
-    return Start(None, identity, 1)
+    return Start(None, Attempt(identity, 1, identity))  # as new as the run itself
 
 
 def resume(config: TrainConfig, corpus: Corpus, rank: int, workers: int, client: MemoryClient | None) -> Start:
@@ -81,7 +87,7 @@ def resume(config: TrainConfig, corpus: Corpus, rank: int, workers: int, client:
     Raises ValueError where it is of a run that computes something else, CheckpointError where there is none.
     """
     folder = Path(config.out) / FOLDER
-    chosen: list[Any] = ["", 0]
+    chosen: list[Any] = ["", 0, ""]
     if rank == 0:
         saved = open_checkpoint(folder)
         if "config" not in saved.manifest.about:
@@ -89,13 +95,14 @@ def resume(config: TrainConfig, corpus: Corpus, rank: int, workers: int, client:
                 f"checkpoint {saved.manifest.name} does not say how it was trained; it can be served only"
             )
         seen = newest_attempt(client, saved.manifest.run) if client is not None else 0
-        chosen = [saved.manifest.name, saved.checkpoints.claim_attempt(max(seen, saved.manifest.attempt) + 1)]
+        number = saved.checkpoints.claim_attempt(max(seen, saved.manifest.attempt) + 1)
+        chosen = [saved.manifest.name, number, uuid.uuid4().hex]
     if workers > 1:
         dist.broadcast_object_list(chosen)
     saved = open_checkpoint(folder / chosen[0])
     _check_same(config, saved, about(config, corpus, workers))
     _check_text(config, saved, corpus)
-    return Start(saved, saved.manifest.run, chosen[1])
+    return Start(saved, Attempt(saved.manifest.run, chosen[1], chosen[2]))
 
 
 def _check_same(config: TrainConfig, saved: SavedModel, ours: dict[str, Any]) -> None:

@@ -226,7 +226,7 @@ class _Setup:
         return Saver(
             Path(config.out) / FOLDER,
             run=self.start.identity,
-            attempt=self.start.attempt,
+            attempt=self.start.attempt.number,
             about=about(config, corpus, place.workers),
             tokenizer=corpus.tokenizer.to_str(),
             client=self.client,
@@ -267,7 +267,6 @@ class _Setup:
         names = {layer: table_name(config.run, layer) for layer in self.specs}
         rows = RemoteRows(self.client, config.model.engram, names, device=device)
         step = rows.begin(
-            run=self.start.identity,
             attempt=self.start.attempt,
             worker=place.rank,
             workers=place.workers,
