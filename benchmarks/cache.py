@@ -2,7 +2,7 @@
 
     python -m benchmarks.cache [--row-bytes 128 264] [--repeats 7] [--json build/cache.json]
 
-Ids are Python's standard library through DeepSeek's tokenizer and the demo preset, its tables scaled to --head-rows; all
+Ids are Python's standard library through DeepSeek's tokenizer and the paper preset, its tables scaled to --head-rows; all
 windows are 4,096 tokens. `local` is np.take of the undeduplicated row ids from the whole table. Paths take turns within
 a repeat, every repeat of `warm` on text not seen before, with a gather from the table standing in for the wire. Ratios
 are time of local over time of the path: 1 is as fast as local, more is faster.
@@ -31,7 +31,7 @@ from engrid.client.cache_sets import BOOKKEEPING_BYTES
 from engrid.model.config import PRESETS
 from engrid.rpc.frames import row_view
 
-HEADS = PRESETS["demo"].heads
+HEADS = PRESETS["paper"].heads
 ENGINES = ["numpy", *(["numba"] if find_spec("numba") else [])]
 Window = tuple[np.ndarray, np.ndarray]
 """Keys [orders, T] and row ids [T, orders * K]."""
@@ -40,7 +40,7 @@ Window = tuple[np.ndarray, np.ndarray]
 def text_windows(folder: Path, tokens: int, head_rows: int) -> list[Window]:
     """The Python files of a folder, cut into windows that follow one another."""
     text = Text(tokens, folder)
-    steps = text.steps(text.hasher("demo", head_rows))
+    steps = text.steps(text.hasher("paper", head_rows))
     return [(np.stack([keys for _, keys in step.orders]), step.row_ids) for step in steps]
 
 
@@ -244,7 +244,7 @@ def main() -> None:
         result["timings"][f"{row_bytes} bytes"] = timings(table, text, uniform, given)  # type: ignore[index]
         del table
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n")
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     show(result)
     print(f"written to {given.json}")
 

@@ -2,7 +2,7 @@
 
 The base is uniform ids, rows of 128 bytes, 4,096 tokens of 16 rows a step, 2 shards, one client, a live table of 1 GiB,
 four steps in flight, and alone one (the p50 and p99 in the notes). From there one thing is varied at a time. Real text is Python's standard library through DeepSeek's
-tokenizer, hashed by the demo preset (rows of 128 bytes) and by v41 (24 rows of 264 bytes a token), scaled to the same
+tokenizer, hashed by the paper preset (rows of 128 bytes) and by v41 (24 rows of 264 bytes a token), scaled to the same
 size; its keys are known, so rows are deduplicated before they are asked for. Rows are counted as delivered, at every
 position. The raw socket and the naive path hold tables of as many rows.
 """
@@ -65,7 +65,7 @@ POINTS = (
     replace(BASE, shards=1),
     replace(BASE, shards=4),
     replace(BASE, row_bytes=FP8_ROW_BYTES),
-    replace(BASE, ids="demo"),
+    replace(BASE, ids="paper"),
     replace(BASE, ids="v41", row_bytes=FP8_ROW_BYTES),
 )
 CLIENTS = (1, 2, 4, 8)

@@ -16,7 +16,7 @@ from engrid.model.hashing import NgramHasher
 from engrid.tables import TableSpec
 
 WINDOW = 4096
-ROW_BYTES_OF = {"demo": ROW_BYTES, "v41": FP8_ROW_BYTES}
+ROW_BYTES_OF = {"paper": ROW_BYTES, "v41": FP8_ROW_BYTES}
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 

@@ -42,9 +42,9 @@ def text(stack: ExitStack, scale: Scale, figures: Figures) -> None:
     """All paths take turns within each repeat."""
     warm_up = 2 if scale.quick else WARM_UP
     read = Text((warm_up + NEW_WINDOWS * scale.repeats + 1) * WINDOW)
-    hasher = read.hasher("demo", head_rows("demo", scale.mib))
+    hasher = read.hasher("paper", head_rows("paper", scale.mib))
     steps = read.steps(hasher)
-    spec = text_table(hasher, "demo", name="bench@1")
+    spec = text_table(hasher, "paper", name="bench@1")
     table = RowTable(spec)
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     start_shards(stack, folder, 2)

@@ -1,5 +1,6 @@
 """`engrid up` to `engrid down` on a real Ray, and what goes on when Ray does not."""
 
+import json
 import os
 import signal
 import time
@@ -7,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from engrid.client import MemoryClient, create_tables
 from engrid.cluster.config import Record
 from engrid.cluster.ray_head import free_port, new_temp, processes_with, start_head, stop_head, use_token, wait_for_head
+from engrid.model.canonical import CanonicalVocabulary
+from engrid.model.hashing import NgramHasher
 from engrid.tables import initial_rows
+from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, start_engrid, succeeded, tiny_training
 from tests.shards import made_by, table
 
@@ -72,6 +77,21 @@ def test_train_and_generate_as_a_user_would(trained, run_dir):
     assert "tiny.engram.1" in shown
 
 
+def test_ids_of_a_checkpoint_are_those_that_its_model_asks_for(trained, run_dir):
+    saved = open_checkpoint(run_dir / "checkpoint")
+    tokenizer = Tokenizer.from_str(saved.read_file("tokenizer.json").decode())
+    canonical = CanonicalVocabulary(tokenizer)
+    text, layer = "import os, sys", saved.model.engram.layers[-1]
+    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    rows = NgramHasher.over(saved.model.engram, canonical).row_ids(canonical.map(np.array([token_ids])), layer)[0]
+    shown = engrid("ids", text, "--checkpoint", run_dir / "checkpoint", "--layer", layer, "--json")
+    found = json.loads(succeeded(shown))
+    assert found["token_ids"] == token_ids
+    assert found["row_ids"] == rows.tolist()
+    refused = engrid("ids", text, "--checkpoint", run_dir / "checkpoint", "--layer", 99)
+    assert "layer 99: checkpoint step-" in refused.stderr
+
+
 def test_publish_and_versions_as_a_user_would(trained, run_dir):
     where = ["--run-dir", run_dir]
     published = succeeded(engrid("publish", run_dir / "checkpoint", *where))
@@ -102,18 +122,22 @@ def test_a_folder_without_checkpoint_is_named(cluster, run_dir, tmp_path):
     assert "holds no checkpoint" in refused.stderr
 
 
-def test_ctrl_c_in_training_leaves_the_cluster_ready_for_the_next(cluster, run_dir):
+def test_ctrl_c_in_training_saves_and_leaves_the_cluster_ready_for_the_next(cluster, run_dir):
     config = tiny_training(run_dir)
-    options = ["--run-dir", run_dir, "--config", config, "--run", "cut", "--out", run_dir / "cut"]
-    training = start_engrid("train", *options, "--steps", 100_000)
+    options = ["--run-dir", run_dir, "--config", config, "--run", "cut"]
+    training = start_engrid("train", *options, "--out", run_dir / "cut", "--steps", 100_000)
     with MemoryClient(cluster.directory) as client:
         wait_for(lambda: steps_of(client, "cut.engram.1") > 2, 60)
     training.send_signal(signal.SIGINT)
-    _, said = training.communicate(timeout=20)
-    assert training.returncode == 130
-    assert "stopped" in said
+    printed, said = training.communicate(timeout=60)
+    assert training.returncode == 130, said
+    assert "stopped after step" in printed
+    assert f"go on with: engrid train --resume --out {run_dir / 'cut'} --run-dir {run_dir}" in printed
     wait_for(lambda: "training" not in succeeded(engrid("status", "--run-dir", run_dir)), 30)
-    succeeded(engrid("train", *options))
+    refused = engrid("train", *options, "--out", run_dir / "another")
+    assert refused.returncode == 1
+    assert "--replace" in refused.stderr
+    succeeded(engrid("train", *options, "--out", run_dir / "another", "--replace"))
 
 
 def steps_of(client, name):

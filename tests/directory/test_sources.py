@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,12 @@ def test_every_path_comes_back_from_the_text_made_of_it(names: list[str]) -> Non
     path = Path("/", *names)
     assert read_source(folder_source(path)) == FolderSource(path)
     assert read_source(f"file:{path}") == read_source(path) == FolderSource(path)
+
+
+@pytest.mark.parametrize("source", [None, 7, b"/run/x", ["/run/x"]])
+def test_what_is_neither_text_nor_a_path_is_refused(source: Any) -> None:
+    with pytest.raises(TypeError, match="give a path object or text, not"):
+        read_source(source)
 
 
 def test_two_slashes_at_the_start_are_one() -> None:

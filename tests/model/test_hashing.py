@@ -52,7 +52,7 @@ def test_golden_primes_and_multipliers(vectors):
 
 
 def test_seed_example_is_1024_values_per_token():
-    spec = PRESETS["demo"]
+    spec = PRESETS["paper"]
     assert spec.row_width * spec.heads * (spec.max_ngram - 1) == 1024
     assert spec.embed_width == 1024
 

@@ -1,41 +1,47 @@
-"""A shard that is back is found at once: nobody holds back for longer than a tenth of a second."""
+"""Channels from process to process of ours: made in one place, and no proxy of the shell's between."""
 
-import threading
-import time
+import re
+from pathlib import Path
 
-import numpy as np
+import grpc
+import pytest
 
-from engrid.client import MemoryClient, TrainingRun, asking, create_tables
-from engrid.rpc.channel import CHANNEL_OPTIONS
-from tests.mortal import MortalShard
-from tests.shards import table
+from engrid.rpc.channel import CHANNEL_OPTIONS, COMMAND_OPTIONS, command_channel
+from engrid.rpc.server import check_health
+from tests.clusters import ENVIRONMENT
+from tests.shards import local_shards, shard_process
 
-
-def test_no_pause_between_two_tries_is_longer_than_100_ms():
-    options = dict(CHANNEL_OPTIONS)
-    assert options["grpc.initial_reconnect_backoff_ms"] <= options["grpc.max_reconnect_backoff_ms"] <= 100
-    assert asking.SHORTEST_PAUSE <= asking.LONGEST_PAUSE <= 0.1
+ROOT = Path(__file__).parents[2]
 
 
-def test_a_push_that_has_waited_long_is_soon_done_once_its_shard_is_back(tmp_path):
-    """Of three times the best: a busy machine makes some slow. Held back for up to a second, three are never so quick."""
-    with MortalShard(tmp_path) as shard, MemoryClient(f"file:{tmp_path}") as client:
-        create_tables(client, [table(init_std=0.0)])
-        run = TrainingRun(client, run="r", tables=["t"])
-        waited = []
-        for _ in range(3):
-            shard.kill()
-            done = []
+def test_channels_are_made_in_one_place():
+    made = {
+        str(path.relative_to(ROOT))
+        for root in ("services", "cluster", "model")
+        for path in (ROOT / root).rglob("*.py")
+        if re.search(r"\b(in)?secure_channel\(", path.read_text(encoding="utf-8"))
+    }
+    assert made == {"services/engrid/rpc/channel.py"}
+    assert ("grpc.enable_http_proxy", 0) in CHANNEL_OPTIONS
+    assert set(CHANNEL_OPTIONS) <= set(COMMAND_OPTIONS)
 
-            def push(done=done):
-                run.push({"t": ([1], np.ones((1, 8), np.float32))}, step=run.step + 1, learning_rate=1.0)
-                done.append(time.monotonic())
 
-            pushing = threading.Thread(target=push)
-            pushing.start()
-            shard.start()
-            back = time.monotonic()
-            pushing.join(30)
-            waited.append(done[0] - back)
-        assert min(waited) < 0.4, waited
-        assert (client.lookup("t", [1], step=3, dtype=np.float32) == -3).all()
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_a_command_reaches_a_shard_past_a_proxy_that_is_not_there(tmp_path, name, monkeypatch):
+    for each in ENVIRONMENT:
+        if each.lower().endswith("no_proxy"):
+            monkeypatch.delenv(each)
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with local_shards(tmp_path, 1) as (shard,), command_channel(shard.address) as channel:
+        assert check_health(channel, timeout=20.0)
+
+
+@pytest.mark.faults
+def test_a_call_to_a_process_that_stopped_for_good_ends(tmp_path):
+    """Long before its own deadline: the other side gives no sign of life."""
+    with shard_process(tmp_path) as (process, address), command_channel(address) as channel:
+        assert check_health(channel, timeout=20.0)
+        process.send_signal(19)
+        with pytest.raises(grpc.RpcError) as failed:
+            check_health(channel, timeout=200.0)
+        assert failed.value.code() is grpc.StatusCode.UNAVAILABLE

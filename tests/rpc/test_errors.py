@@ -47,6 +47,12 @@ def test_numbers_travel(error, number):
     assert getattr(from_message(to_message(error)), number) == 7
 
 
+@pytest.mark.parametrize(("number", "travels"), [(-1, 0), (2**64 - 1, 2**64 - 1), (2**70, 2**64 - 1)])
+def test_number_that_does_not_fit_is_no_other_error(number, travels):
+    back = from_message(to_message(errors.WrongEpochError("x", epoch=number)))
+    assert (type(back), back.epoch) == (errors.WrongEpochError, travels)
+
+
 def test_code_of_a_newer_peer_is_still_an_error():
     assert "newer peer" in str(from_message(pb.Error(code=999, message="x")))
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engrid.client import MemoryClient, create_tables
+from engrid.rpc.channel import open_channel
 from engrid.rpc.errors import BadRequestError
 from engrid.rpc.wire import decode_frame, decode_reply, encode_cancel, encode_error, encode_request, new_reply
 from engrid.tables import initial_rows
@@ -106,7 +107,7 @@ def test_stock_protobuf_client_is_answered(store):
     request.tables.add(table="t", row_ids=rows.astype("<i8").tobytes(), row_bytes=32)
     unknown = pb.LookupRequest(number=10, epoch=1, timeout_us=5_000_000)
     unknown.tables.add(table="u")
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         frames = iter([pb.LookupFrame(request=request), pb.LookupFrame(cancel=77), pb.LookupFrame(request=unknown)])
         first, second = memory_pb2_grpc.MemoryServiceStub(channel).Lookup(frames, timeout=10)
     assert first.number == 9
@@ -117,7 +118,7 @@ def test_stock_protobuf_client_is_answered(store):
 @pytest.mark.parametrize("damage", [b"\xff", b"\x0a\x05ab", b"\x00\x01", b"\x0a\x02\x2a\x7f"])
 def test_damaged_frame_ends_the_stream_with_its_reason_and_the_shard_serves_on(store, damage):
     address, client = store
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         replies = channel.stream_stream("/engrid.v1.MemoryService/Lookup")(iter([damage]), timeout=10)
         with pytest.raises(grpc.RpcError) as ended:
             list(replies)

@@ -49,6 +49,18 @@ def test_a_step_for_which_there_was_no_memory_is_applied_once_when_it_is_sent_ag
         assert (look(service) == -2).all()
 
 
+def test_a_decision_is_not_lost_with_the_thread_that_asked_for_it(monkeypatch):
+    with shell() as service:
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                service, "_finish", lambda *_, **__: (_ for _ in ()).throw(MemoryError("between two lines"))
+            )
+            with pytest.raises(MemoryError):
+                push(service)
+        assert push(service) == [False, False]
+        assert (look(service, step=1) == -1).all()
+
+
 def test_a_commit_sent_again_applies_what_found_no_memory():
     with shell() as service:
         push(service, hold=True)
@@ -205,17 +217,36 @@ def test_a_base_whose_thread_dies_gives_back_what_it_held_and_is_told(tmp_path, 
 
 
 def test_pushes_behind_a_base_that_hangs_end_by_their_deadline(tmp_path):
+    """Else a start would replay without bound."""
     with shell(tmp_path, log_bytes=1) as service:
         service._bases.close()
-        held = Held(service.journal, "capture")
+        held = Held(service.journal, "wait_durable")
         push(service)
         held.wait()
-        push_twice = Call(lambda: push(service, seq=2, step=2, deadline=soon(0.1)))
-        with pytest.raises(DeadlineExceededError):
-            push_twice.result()
+        end = service.journal.log.last
+        with pytest.raises(DeadlineExceededError, match="takes no push before its log can be cut"):
+            push(service, seq=2, step=2, deadline=soon(0.1))
+        assert service.journal.log.last == end, "nothing was taken"
         held.go()
         push(service, seq=2, step=2)
         assert (look(service) == -2).all()
+
+
+def test_what_waits_when_the_shard_is_stopped_is_told_at_once():
+    """The process could not end before them."""
+    with shell() as service:
+        held = Held(rows_of(service), "apply")
+        pushed = Call(lambda: push(service))
+        held.wait()
+        waiting = [Call(lambda: push(service)), Call(lambda: adopt(service, placement(2)))]
+        assert not waiting[0].ends_within(0.05)
+        service.close()
+        for each in waiting:
+            with pytest.raises(ShardUnavailableError, match="is being stopped"):
+                each.result()
+        held.go()
+        with pytest.raises(ShardUnavailableError, match="is being stopped"):
+            pushed.result()
 
 
 # -- a process

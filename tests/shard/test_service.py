@@ -1,11 +1,14 @@
 """The shell around the state machine: what is answered when, what is looked at again after a wait, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 
 from engrid.rpc.errors import (
     BadRequestError,
     DeadlineExceededError,
+    DiskFullError,
     ExpectedError,
     PinnedError,
     RunMismatchError,
@@ -17,8 +20,14 @@ from engrid.rpc.errors import (
 from engrid.rpc.frames import ids_to_bytes
 from engrid.shard import loading
 from engrid.shard import service as service_module
+from engrid.storage.checkpoint import Checkpoints
+from engrid.storage.disk import LocalDisk
+from engrid.storage.errors import CheckpointError
+from engrid.storage.manifest import Manifest
+from engrid.storage.partition import SavedPartition
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import (
+    SECONDS,
     SPEC,
     Call,
     Held,
@@ -251,6 +260,54 @@ def test_a_step_that_is_not_reached_is_named():
         push(service)
         with pytest.raises(StepNotReachedError, match="at step 1, the lookup needs 2"):
             look(service, step=2, seconds=0.05)
+
+
+def checkpoint(service, folder, step):
+    (folder / "p" / "tables").mkdir(parents=True, exist_ok=True)
+    request = pb.CheckpointRequest(
+        run="r", attempt=1, step=step, tables=["t"], folder=str(folder), partial="p", wait=SECONDS
+    )
+    return service.checkpointing.save(request, lambda end: True)
+
+
+def test_a_checkpoint_that_waits_for_a_step_of_rows_that_go_is_told_at_once(tmp_path):
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        waiting = Call(lambda: next(checkpoint(service, tmp_path, 1)))
+        assert not waiting.ends_within(0.1)
+        service.journal.core.loading(("t", 0))
+        service.gate.wake()
+        with pytest.raises(ShardUnavailableError, match="load a checkpoint"):
+            waiting.result()
+
+
+def test_a_restore_that_waited_is_not_carried_out_into_another_table(tmp_path):
+    """It would take out the rows, and then find that the checkpoint is of others."""
+    with shell(None, checkpoints=(tmp_path,)) as service:
+        push(service)
+        messages = checkpoint(service, tmp_path, 1)
+        next(messages)
+        saved = [SavedPartition.from_json(json.loads(each)) for each in next(messages).partitions]
+        messages.close()
+        manifest = Manifest(
+            run="r", attempt=1, step=1, base="", tables={"t": SPEC}, partitions=saved, files={}, about={}
+        )
+        Checkpoints(LocalDisk(tmp_path)).publish("p", manifest)
+        request = pb.RestoreRequest(folder=str(tmp_path), name=manifest.name, tables=["t"], attempt=2, wait=SECONDS)
+        with service.loading:
+            waiting = Call(lambda: service.checkpointing.restore(request, deadline=soon()))
+            assert not waiting.ends_within(0.1)
+            adopt(service, placement(2, remade()))
+        with pytest.raises(CheckpointError, match="specs differ"):
+            waiting.result()
+        assert (look(service, epoch=2) == 0).all(), "its rows are there still"
+
+
+def test_a_load_for_whose_base_there_is_no_room_changes_nothing(tmp_path):
+    with shell(tmp_path) as service:
+        service.journal.disk.free_bytes = lambda: 0
+        with pytest.raises(DiskFullError, match="make room"):
+            load(service, 66)
+        assert (look(service, run="r") == 0).all()
 
 
 # -- the caller's time

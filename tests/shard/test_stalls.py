@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.rpc.channel import open_channel
 from engrid.rpc.wire import encode_cancel, encode_request
 from engrid.shard.config import ShardConfig
 from engrid.shard.stream import MAX_QUEUED, MAX_QUEUED_BYTES, MAX_REFUSED
@@ -33,7 +34,7 @@ def store(tmp_path, **config):
 @contextmanager
 def lookup_stream(address, frames):
     """A Lookup call of which nothing is read unless the caller does."""
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         call = channel.stream_stream("/engrid.v1.MemoryService/Lookup")(frames)
         try:
             yield call
@@ -52,7 +53,7 @@ def endless(release):
 
 
 def stats(address):
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         return memory_pb2_grpc.MemoryServiceStub(channel).Stats(pb.StatsRequest(), timeout=10)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engrid.directory import folder_source, is_address, redis_url
+from engrid.directory import expand_home, folder_source, is_address, masked, redis_url
 
 MEMORY_RESOURCE = "engrid_memory"
 """Ray resource: MiB a node gives to tables (whole numbers, as Ray wants them)."""
@@ -23,11 +23,9 @@ def default_run_dir() -> Path:
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():  # the specification has a relative one passed over
         try:
-            state = Path.home() / ".local" / "state"
-        except RuntimeError:
-            state = Path()
-    if not state.is_absolute():
-        raise ClusterError("this user has no home folder; give --run-dir, or set HOME or XDG_STATE_HOME")
+            state = expand_home(Path("~/.local/state"))
+        except ValueError as error:
+            raise ClusterError(f"{error}; give --run-dir, or set HOME or XDG_STATE_HOME") from error
     return state / "engrid"
 
 
@@ -78,6 +76,8 @@ class Record:
     identity: str
     """Tells this cluster's actors and files from those of another on the same Ray or in the same run directory."""
     directory: str = field(repr=False)
+    run_dir: str = ""
+    """Absolute."""
     ray_address: str | None = None
     ray_pid: int | None = None
     """Our Ray head and leader of its process group; None where a cluster was joined."""
@@ -109,6 +109,14 @@ class Record:
     def state(self, run_dir: Path) -> Path:
         """Folder for what shards keep across restarts, on each host."""
         return run_dir.resolve() / f"state-{self.identity}"
+
+    def start_again(self, shard: str) -> str:
+        """The command that starts a shard again where it was, from what it has kept."""
+        where = f"--run-dir {shlex.quote(self.run_dir)}"
+        if not self.directory.startswith("file:"):
+            where += f" --redis {shlex.quote(masked(self.directory))}"
+        state = shlex.quote(str(self.state(Path(self.run_dir)) / shard))
+        return f"engrid shard --state {state} --listen {self.shards[shard]} --memory {self.memory_mib / 1024:g} {where}"
 
     def save(self, run_dir: Path) -> None:
         """By temp file and rename; for this user alone, as the directory's URL may hold a password."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.config import TrainConfig
+from engrid.worker.saved_model import FOLDER
 
 SMOOTHED = 10
 """Steps the training curve is averaged over."""
@@ -19,45 +23,32 @@ def result_table(result: dict[str, Any]) -> Table:
     """What was measured, and what each figure is."""
     engram, plain = result["engram"], result["plain"]
     table = Table(title=f"engrid demo: {engram['steps']} steps of each model, {result['seconds']:.0f} s in all")
-    table.add_column("measured")
-    table.add_column("value", justify="right")
-    table.add_column("unit")
+    table.add_column("measured", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
     gain = plain["validation_loss"] - engram["validation_loss"]
     rows: list[tuple[str, str, str]] = [
         ("validation loss, with Engram", f"{engram['validation_loss']:.4f}", "nats per token"),
-        (
-            "validation loss, same model without",
-            f"{plain['validation_loss']:.4f}",
-            f"nats per token; Engram gains {gain:.4f}",
-        ),
-        (
-            "weights: dense + in the tables",
-            f"{engram['parameters'] / 1e6:.2f} + {engram['table_values'] / 1e6:.1f} M",
-            f"without Engram {plain['parameters'] / 1e6:.2f} M",
-        ),
-        (
-            "training",
-            f"{engram['tokens_per_second']:,.0f}",
-            f"tokens/s; without Engram {plain['tokens_per_second']:,.0f}",
-        ),
+        ("  same model without", f"{plain['validation_loss']:.4f}", "nats per token"),
+        ("  gained by Engram", f"{gain:.4f}", "nats per token"),
+        ("weights in the tables", f"{engram['table_values'] / 1e6:.1f}", "million"),
+        ("dense weights", f"{engram['parameters'] / 1e6:.2f}", f"million; {plain['parameters'] / 1e6:.2f} without"),
+        ("training", f"{engram['tokens_per_second']:,.0f}", "tokens/s"),
+        ("  same model without", f"{plain['tokens_per_second']:,.0f}", "tokens/s"),
         ("prefill", f"{result['prefill_tokens_per_second']:,.0f}", "tokens/s, one prompt"),
         ("decoding", f"{result['decode_tokens_per_second']:,.1f}", "tokens/s, one sequence"),
-        ("fetched in training", f"{engram['rows_per_token']:.2f}", "rows per token, after dedup by key"),
+        ("fetched in training", f"{engram['rows_per_token']:.2f}", "rows per token, deduped"),
         ("", f"{engram['bytes_per_token']:,.0f}", "bytes per token"),
-        (
-            "exposed wait",
-            f"{1e3 * engram['exposed_wait']:.2f}",
-            f"ms per step ({engram['exposed_wait_share']:.1%} of it)",
-        ),
+        ("exposed wait", f"{1e3 * engram['exposed_wait']:.2f}", f"ms per step, {engram['exposed_wait_share']:.1%}"),
         ("pushing gradients", f"{1e3 * engram['push_seconds']:.2f}", "ms per step"),
-        ("remote memory / in-process tables", f"{result['remote_over_in_process']:.3f}", "of the tokens/s in training"),
+        ("remote memory / in-process tables", f"{result['remote_over_in_process']:.3f}", "of training's tokens/s"),
     ]
     for found in engram["collisions"]:
         rows += [
             (f"{found['order']}-grams of the text, distinct", f"{found['ngrams']:,}", ""),
-            ("  share a row in one head", f"{found['one_head']:.1%}", "of them, mean over heads"),
+            ("  share a row in one head", f"{found['one_head']:.1%}", "of them, mean of heads"),
             ("  share a row in every head", f"{found['all_heads']:.2%}", "of them"),
-            ("  share all K rows with one other", f"{found['same_in_all']:.4%}", "of them: told apart by nothing"),
+            ("  share all K rows with one other", f"{found['same_in_all']:.4%}", "of them: cannot be told"),
         ]
     for row in rows:
         table.add_row(*row)
@@ -65,19 +56,51 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def trace_table(prompt: str, traces: Sequence[pb.TokenTrace]) -> Table:
-    """Each token's n-grams, their K row ids, and how far the Engram let them in."""
-    table = Table(title=f'"{prompt}": what the Engram layers looked up', show_lines=True)
-    for column in ("token", "layer", "n-gram", "row ids", "gate"):
-        table.add_column(column, justify="right" if column in ("layer", "gate") else "left")
+    """Each token's n-grams, their K row ids, and how far the Engram let them in. 80 columns, for ids of up to 6 digits."""
+    table = Table(
+        title=f'"{prompt}": what the Engram layers looked up',
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("token", max_width=10, no_wrap=True)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("n-gram", max_width=20, no_wrap=True)
+    table.add_column("row ids", no_wrap=True)
+    table.add_column("gate", justify="right", no_wrap=True)
     for trace in traces:
         table.add_row(
-            repr(trace.token),
+            escape(repr(trace.token)),
             str(trace.layer),
-            "\n".join(repr(ngram.text) for ngram in trace.ngrams),
+            "\n".join(_end(repr(ngram.text)) for ngram in trace.ngrams),
             "\n".join(" ".join(map(str, ngram.row_ids)) for ngram in trace.ngrams),
-            " ".join(f"{gate:.3f}" for gate in trace.gates),
+            "\n".join(f"{gate:.3f}" for gate in trace.gates),
         )
     return table
+
+
+def _end(text: str) -> str:
+    """The end of an n-gram, which tells it from the others of its line."""
+    return escape(text if len(text) <= 20 else f"…{text[-19:]}")
+
+
+def whole_lines(text: str) -> str:
+    """The text without the line that generation broke off in, if another is left."""
+    lines = text.rstrip().split("\n")
+    return "\n".join(lines[:-1] if len(lines) > 2 else lines).rstrip()
+
+
+def next_commands(program: str, out: str) -> list[tuple[str, str]]:
+    """What to type after the demo, and what it does."""
+    checkpoint = shlex.quote(f"{out}/{FOLDER}")
+    return [
+        (f"{program} up", "a cluster that stays, until: down"),
+        (f'{program} generate "def main(" --checkpoint {checkpoint}', "another prompt"),
+        (f'{program} ids "import os" --layer 1 --checkpoint {checkpoint}', "the rows that a text reads"),
+        (f"{program} train --out run --steps 300", "a model of your own; --text FOLDER"),
+        (f"{program} down", "stops what `up` started"),
+    ]
 
 
 def draw_curves(path: Path, engram: dict[str, Any], plain: dict[str, Any], training: TrainConfig) -> None:

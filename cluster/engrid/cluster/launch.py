@@ -6,6 +6,7 @@ of it, and stops exactly that. Whoever changes a run directory holds its lock.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -14,19 +15,17 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
-
 from engrid.client import MemoryClient
 from engrid.client.admin import spread_placement
-from engrid.directory import CorruptDirectoryError, ShardRecord, masked, open_directory
-from engrid.rpc.channel import command_channel
-from engrid.rpc.server import check_health
+from engrid.directory import CorruptDirectoryError, FolderSource, ShardRecord, masked, open_directory, read_source
 
 from .capacity import memory_here, memory_joined
 from .config import ClusterConfig, ClusterError, Record
+from .extras import require
 from .ray_calls import RayCalls, connected
 from .ray_head import free_port, new_temp, ray_environment, start_head, wait_for_head
 from .run_lock import changing
+from .status import answers
 from .stop import stop_record
 
 HEALTH_SECONDS = 1.0
@@ -38,14 +37,13 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
 
     Raises ClusterError naming the part that failed, after stopping what was started.
     """
+    require("ray", *(["torch", "tokenizers", "safetensors"] if config.workers and not config.address else []))
     with changing(config.run_dir, "engrid up"):
         kept = Record.load(config.run_dir)
         if kept is not None:
             _check_kept(config, kept)
         registered = check_directory_free(config.directory)
-        record = (
-            replace(kept, kept=False) if kept else Record(identity=uuid.uuid4().hex[:8], directory=config.directory)
-        )
+        record = replace(kept, kept=False) if kept else _new_record(config)
         deadline = time.monotonic() + config.timeout
         try:
             record = (_join_ray if config.address else _start_ray)(config, record, say, deadline)
@@ -59,17 +57,30 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
             raise
 
 
+def _new_record(config: ClusterConfig) -> Record:
+    return Record(
+        identity=uuid.uuid4().hex[:8],
+        directory=config.directory,
+        run_dir=os.path.abspath(config.run_dir),  # noqa: PTH100 - keeps links
+    )
+
+
 def _check_kept(config: ClusterConfig, kept: Record) -> None:
     """Raises ClusterError unless the record is of a cluster that was taken down, and that this one can go on from."""
     if not kept.kept:
         raise ClusterError(
             f"a cluster is up in {config.run_dir} already; stop it with: engrid down --run-dir {config.run_dir}"
         )
-    if config.shards < len(kept.shards) or config.directory != kept.directory:
+    if config.shards < len(kept.shards) or _place(config.directory) != _place(kept.directory):
         raise ClusterError(
             f"{config.run_dir} keeps the rows of {len(kept.shards)} shards and directory {masked(kept.directory)}; give as "
             f"many --shards and that directory, or discard them with: engrid down --run-dir {config.run_dir}"
         )
+
+
+def _place(directory: str) -> str:
+    found = read_source(directory)
+    return os.path.realpath(found.path) if isinstance(found, FolderSource) else directory
 
 
 def check_directory_free(source: str) -> Mapping[str, ShardRecord] | None:
@@ -184,12 +195,3 @@ def _announce(record: Record) -> None:
     with MemoryClient(record.directory) as client:
         if client.connections.epoch:
             spread_placement(client)
-
-
-def answers(address: str, *, timeout: float) -> bool:
-    """Whether the process at host:port says it serves, within `timeout` seconds."""
-    with command_channel(address) as channel:
-        try:
-            return check_health(channel, timeout=timeout)
-        except grpc.RpcError:
-            return False

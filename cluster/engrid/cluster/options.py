@@ -19,10 +19,14 @@ def read_path(text: str | Path) -> Path:
     given = str(text)
     if not given or "\0" in given:
         raise typer.BadParameter("the path is empty")
+    if not given.startswith("~"):
+        return Path(given)
+    from engrid.directory import expand_home
+
     try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{given!r} names a home folder that this system does not know") from error
+        return expand_home(Path(given))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def read_redis(text: str) -> str:
@@ -79,6 +83,7 @@ Redis = Annotated[
     typer.Option(
         help="Directory for several hosts: redis://[USER:PASSWORD@]HOST:PORT[/DB][?prefix=NAME].",
         parser=read_redis,
+        envvar="ENGRID_REDIS",  # other users see a command line, and so a password in it
         metavar="URL",
     ),
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ClusterError
+from .extras import with_extra
 
 CONNECT_SECONDS = 30.0
 """From when Ray is imported until it has connected; ours takes 2 to 5 on two busy cores."""
@@ -43,7 +44,7 @@ class RayCalls:
         line = self._line(time.monotonic() + seconds, what, seconds)
         answer = json.loads(line)
         if "error" in answer:
-            raise ClusterError(answer["error"])
+            raise ClusterError(with_extra(answer["error"]))
         return answer["done"]
 
     def close(self) -> None:
@@ -66,7 +67,7 @@ class RayCalls:
         """The end of what the driver printed."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n") if self._log.exists() else []
         said = [line.strip() for line in lines if line.strip()]
-        return f"Ray's driver ended: {said[-1][-500:]}" if said else "Ray's driver ended without a word"
+        return f"Ray's driver ended: {with_extra(said[-1][-500:])}" if said else "Ray's driver ended without a word"
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def connected(address: str, namespace: str, environment: Mapping[str, str], *, s
         log = Path(folder, "log")
         empty = Path(folder, "empty")  # Ray puts the driver's working folder on its workers' path
         empty.mkdir()
-        with log.open("w") as errors:
+        with log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "engrid.cluster.ray_driver"],
                 stdin=subprocess.PIPE,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from engrid.client import MemoryClient
 from engrid.directory import DirectoryError, Placement, folder_source, masked, open_directory
 from engrid.rpc.channel import command_channel
+from engrid.rpc.server import check_health
 from engrid.v1 import compute_pb2, compute_pb2_grpc, memory_pb2, memory_pb2_grpc
 
 from .config import ClusterError, Record
@@ -99,7 +102,7 @@ def members(run_dir: Path) -> tuple[str, dict[str, str], dict[str, str]]:
     """
     record = Record.load(run_dir)
     if record is not None and record.ready:
-        return record.directory, record.shards | _registered(record), record.workers
+        return record.directory, shards_of(record), record.workers
     if record is not None and record.kept:
         raise ClusterError(
             f"nothing is up in {run_dir}, which keeps the rows of {len(record.shards)} shards; go on with: engrid up "
@@ -118,16 +121,42 @@ def members(run_dir: Path) -> tuple[str, dict[str, str], dict[str, str]]:
     return source, shards, {}
 
 
-def _registered(record: Record) -> dict[str, str]:
-    """Nothing where the directory cannot be read: the record knows where they were started."""
+def shards_of(record: Record) -> dict[str, str]:
+    """Where the shards of a cluster are: as registered, else, or where the directory cannot be read, as started."""
     try:
         directory = open_directory(record.directory)
         try:
-            return {name: shard.address for name, shard in directory.shards().items() if name in record.shards}
+            found = directory.shards()
         finally:
             directory.close()
     except DirectoryError:
-        return {}
+        return record.shards
+    return {name: found[name].address if name in found else address for name, address in record.shards.items()}
+
+
+@contextmanager
+def memory_of(run_dir: Path) -> Iterator[MemoryClient]:
+    """A client of what is up in the run directory; raises ClusterError at once where a shard does not answer."""
+    directory, shards, _ = members(run_dir)
+    require_answers(run_dir, shards)
+    with MemoryClient(directory) as client:
+        yield client
+
+
+def away(shards: Mapping[str, str], *, timeout: float) -> list[str]:
+    """Names of the shards that do not answer their health check in time."""
+    with ThreadPoolExecutor(32) as threads:
+        lives = threads.map(lambda address: answers(address, timeout=timeout), shards.values())
+        return [name for name, alive in zip(shards, lives, strict=True) if not alive]
+
+
+def answers(address: str, *, timeout: float) -> bool:
+    """Whether the process at host:port says it serves, within `timeout` seconds."""
+    with command_channel(address) as channel:
+        try:
+            return check_health(channel, timeout=timeout)
+        except grpc.RpcError:
+            return False
 
 
 def ask_shards(shards: Mapping[str, str]) -> dict[str, _Shard]:
@@ -136,11 +165,16 @@ def ask_shards(shards: Mapping[str, str]) -> dict[str, _Shard]:
         return dict(zip(shards, threads.map(_ask_shard, shards.values()), strict=True))
 
 
-def require_answers(shards: Mapping[str, str]) -> None:
+def require_answers(run_dir: Path, shards: Mapping[str, str]) -> None:
     """Raises ClusterError naming the shards that do not answer, for a command that would wait for them."""
-    away = [f"{name} at {shards[name]}: {each.problem}" for name, each in ask_shards(shards).items() if each.problem]
-    if away:
-        raise ClusterError(f"{'; '.join(away)}. Start it again, and stop it before if its process hangs")
+    problems = {name: each.problem for name, each in ask_shards(shards).items() if each.problem}
+    if problems:
+        named = ", ".join(f"{name} at {shards[name]} ({problem})" for name, problem in problems.items())
+        record = Record.load(run_dir)
+        again = "; ".join(record.start_again(name) for name in problems) if record and record.ready else "engrid shard"
+        raise ClusterError(
+            f"no answer from {named}; start it again, and stop it first where its process hangs: {again}"
+        )
 
 
 def live_tables(shards: Mapping[str, str]) -> dict[str, int]:

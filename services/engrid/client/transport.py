@@ -234,7 +234,6 @@ class _Stream:
         self._taken_back = False
         """The shard ended it, as it needed the room and saw nothing to answer on it."""
         self._peer = peer
-        self._closing = False
         self._numbers = itertools.count(1)
         self._calls: dict[int, _GrpcCall] = {}
         self._max_in_flight = max_in_flight
@@ -265,6 +264,7 @@ class _Stream:
                     return False
                 if len(self._calls) < self._max_in_flight:
                     self._calls[call.number] = call
+                    call.read = False
                     return True
             if self._give_up_abandoned():
                 continue

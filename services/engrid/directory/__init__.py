@@ -19,7 +19,17 @@ from .errors import (
 from .file import FileDirectory
 from .placement import EMPTY_PLACEMENT, Partition, Placement, with_shards, with_tables, with_version, without_tables
 from .records import Directory, ShardRecord, process_lives, this_host
-from .sources import FolderSource, RedisSource, ShardSource, folder_source, is_address, masked, read_source, redis_url
+from .sources import (
+    FolderSource,
+    RedisSource,
+    ShardSource,
+    expand_home,
+    folder_source,
+    is_address,
+    masked,
+    read_source,
+    redis_url,
+)
 from .versions import Version
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "DirectoryUnavailableError",
     "EpochConflictError",
     "FileDirectory",
+    "FolderSource",
     "OtherHostError",
     "Partition",
     "Placement",
@@ -40,6 +51,7 @@ __all__ = [
     "ShardSource",
     "ShardUnknownError",
     "Version",
+    "expand_home",
     "folder_source",
     "is_address",
     "masked",

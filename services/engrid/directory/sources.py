@@ -11,6 +11,7 @@ might be Redis or a shard.
 """
 
 import os
+import pwd
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,11 @@ class ShardSource:
 
 
 def read_source(source: str | os.PathLike[str]) -> FolderSource | RedisSource | ShardSource:
-    """Raises ValueError, naming the forms, for what is none of them or two at once."""
+    """Raises ValueError, naming the forms, for what is none of them or might be two; TypeError for what is no text or path."""
+    if isinstance(source, os.PathLike):
+        return FolderSource(_folder(os.fsdecode(source), source))
     if not isinstance(source, str):
-        return FolderSource(_folder(os.fspath(source), source))
+        raise TypeError(f"{source!r} is no directory: give a path object or text, not {type(source).__name__}")
     if source.startswith(REDIS_SCHEMES):
         return RedisSource(check_redis(source))
     if source.startswith("file:"):
@@ -126,5 +129,26 @@ def _folder(path: str, source: str | os.PathLike[str]) -> Path:
             f"{source!r}: a path is taken as it is and is no URL of a host; give file:/PATH with one slash, no %20 for a blank"
         )
     if isinstance(source, str) and not source.startswith("file:") and path.startswith("~"):
-        return Path(path).expanduser()
+        return expand_home(Path(path))
     return Path(path)
+
+
+def expand_home(path: Path) -> Path:
+    """The path with ~ expanded; an empty HOME is none, and this user's home is asked of the system.
+
+    Raises ValueError where the system knows none.
+    """
+    first = path.parts[0] if path.parts else ""
+    if not first.startswith("~"):
+        return path
+    try:
+        home = (
+            Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+            if first == "~"
+            else Path(first).expanduser()
+        )
+    except (KeyError, RuntimeError):
+        home = Path()
+    if not home.is_absolute():
+        raise ValueError(f"{first} names no home folder that this system knows")
+    return home.joinpath(*path.parts[1:])

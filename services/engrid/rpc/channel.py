@@ -33,8 +33,12 @@ def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
         # gRPC takes the longer of the two, and the second is a minute by default.
         ("grpc.http2.ping_timeout_ms", int(667 * keepalive_seconds)),
         ("grpc.http2.max_pings_without_data", 0),
+        # Commands ask every 20 s whether we live (below); gRPC's default closes the connection of who asks twice in 5 minutes.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # Calls of one connection at a time, refused or waiting ones included.
         ("grpc.max_concurrent_streams", MAX_CALLS),
+        # Commands ask every 20 s whether we live (below); gRPC's default closes the connection of who asks twice in 5 minutes.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
 
 
@@ -51,6 +55,15 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+COMMAND_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    # A call may take hours, and the other side stop for good without closing: after 40 s without a sign it has failed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
 
 def open_channel(address: str) -> grpc.Channel:
     """A plaintext channel to host:port. Lazy: connects on first use. Raises ForkedError in a child that cannot have one."""
@@ -64,7 +77,7 @@ def open_channel(address: str) -> grpc.Channel:
 def command_channel(address: str) -> Iterator[grpc.Channel]:
     """A channel for a command that Ctrl-C may cut off anywhere, also inside gRPC, which then may have a call that no thread
     of its serves: closing would wait for it for ever. So after Ctrl-C the channel is left to the end of the process."""
-    channel = open_channel(address)
+    channel = grpc.insecure_channel(address, options=COMMAND_OPTIONS)
     try:
         yield channel
     except KeyboardInterrupt:

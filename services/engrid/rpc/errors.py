@@ -223,12 +223,17 @@ def to_message(error: EngridError) -> pb.Error:
     """The error as it travels, with the numbers its class carries."""
     message = pb.Error(code=_row(error).code, message=bounded(str(error)))
     if isinstance(error, WrongEpochError):
-        message.epoch = error.epoch
+        message.epoch = _number(error.epoch)
     elif isinstance(error, StepNotReachedError | ExpectedError):
-        message.expected = error.expected
+        message.expected = _number(error.expected)
     elif isinstance(error, FencedError):
-        message.attempt = error.attempt
+        message.attempt = _number(error.attempt)
     return message
+
+
+def _number(value: int) -> int:
+    """As it fits the wire: an error about a number that does not is an error still."""
+    return max(0, min(value, (1 << 64) - 1))
 
 
 def from_message(message: pb.Error) -> EngridError:

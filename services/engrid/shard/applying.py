@@ -4,12 +4,15 @@ An update takes all its memory before it writes anything, so one that fails for 
 kept, and the next request that has to wait for it tries it again: the answers until then are OutOfMemoryError, and the
 step is applied once, as soon as there is memory. If there is none for `PATIENCE` and a log holds the step, or an update
 fails in the middle, or of anything else, the shard cannot go on: a start applies the step from the log.
+
+A decision is noted in the moment in which the state machine makes it, so it is not lost with the thread that asked for it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from engrid.rpc.errors import OutOfMemoryError
 
@@ -19,6 +22,17 @@ from .rows import ShardRows
 
 PATIENCE, TRIES = 30.0, 3
 """Seconds and tries in which an update found no memory, after which a shard that has a log ends."""
+
+
+@dataclass(eq=False)
+class _Decided:
+    apply: Apply
+    busy: bool = False
+    """A thread is at it."""
+    done: bool = False
+    tries: int = 0
+    """For which there was no memory, the first of them `since`, on time.monotonic()'s clock."""
+    since: float = 0.0
 
 
 class Applying:
@@ -31,25 +45,30 @@ class Applying:
         back what the process had."""
         self._lives_on = lives_on
         self._shard, self._rows, self._gate, self._on_applied = shard, rows, gate, on_applied
-        self._left: list[Apply] = []
-        self._since, self._tries = 0.0, 0
-        """When the first of them failed, and how often any has."""
+        self._decided: list[_Decided] = []
+
+    def decided(self, applies: Sequence[Apply]) -> None:
+        """Under the gate's lock: to be carried out, by whoever comes first."""
+        self._decided.extend(_Decided(apply) for apply in applies)
 
     @property
     def has_left(self) -> bool:
-        """Whether an update waits for memory; under the gate's lock."""
-        return bool(self._left)
+        """Whether no thread is at one of them; under the gate's lock."""
+        return any(not each.busy for each in self._decided)
 
-    def carry_out(self, applies: Sequence[Apply]) -> None:
-        """All of them, whatever becomes of one. Raises OutOfMemoryError if one is left to be tried again, and
-        ShardUnavailableError if the shard cannot go on."""
+    def is_pending(self, applies: Sequence[Apply]) -> bool:
+        """Whether one of these is not carried out; under the gate's lock."""
+        return any(each.apply is wanted for each in self._decided for wanted in applies)
+
+    def carry_out(self, applies: Sequence[Apply] | None = None) -> None:
+        """These, or all that no thread is at, whatever becomes of one. What another thread is at is not waited for.
+
+        Raises OutOfMemoryError if one is left to be tried again, ShardUnavailableError if the shard cannot go on.
+        """
         missing = ""
-        for apply in applies:
-            try:
-                self._carry_out(apply)
-            except MemoryError as error:
-                missing = f"step {apply.step} of {apply.key[0]}[{apply.key[1]}]: {error or 'no memory'}"
-                self._leave(apply, missing)
+        for each in list(self._decided):
+            if applies is None or any(each.apply is wanted for wanted in applies):
+                missing = self._try(each) or missing
         self._gate.refuse_failed()
         if missing:
             raise OutOfMemoryError(
@@ -57,14 +76,26 @@ class Applying:
                 "this again"
             )
 
-    def try_again(self) -> None:
-        """What is left. Raises as `carry_out`."""
+    def _try(self, each: _Decided) -> str:
+        """What there was no memory for; empty: it is carried out, or another thread is at it."""
         with self._gate.stepped:
-            left, self._left = self._left, []
-        self.carry_out(left)
+            if each.busy or each.done:
+                return ""
+            each.busy = True
+        try:
+            self._carry_out(each)
+        except MemoryError as error:
+            missing = f"step {each.apply.step} of {each.apply.key[0]}[{each.apply.key[1]}]: {str(error) or 'no memory'}"
+            self._note(each, missing)
+            return missing
+        finally:
+            with self._gate.stepped:
+                each.busy = False
+                self._gate.stepped.notify_all()
+        return ""
 
-    def _carry_out(self, apply: Apply) -> None:
-        part = None
+    def _carry_out(self, each: _Decided) -> None:
+        apply, part = each.apply, None
         try:
             part = self._rows.live(apply.key)
             touched = part.apply(apply.step, apply.learning_rate, apply.gradients)
@@ -75,22 +106,17 @@ class Applying:
             return
         try:
             with self._gate.stepped:
+                each.done = True
                 self._on_applied(apply, touched)
-                if not self._left:
-                    self._since, self._tries = 0.0, 0
-                self._gate.stepped.notify_all()
+                self._decided.remove(each)
         except BaseException as error:  # noqa: BLE001 - rows and state machine differ now, whatever it was
             self._fail(apply, error)
 
-    def _leave(self, apply: Apply, why: str) -> None:
+    def _note(self, each: _Decided, missing: str) -> None:
         now = time.monotonic()
-        with self._gate.stepped:
-            self._since, self._tries = self._since or now, self._tries + 1
-            self._left.append(apply)
-            self._gate.stepped.notify_all()
-            hopeless = self._lives_on and self._tries >= TRIES and now - self._since > PATIENCE
-        if hopeless:
-            self._gate.fail(f"there was no memory for {PATIENCE:g} s to apply {why}")
+        each.since, each.tries = each.since or now, each.tries + 1
+        if self._lives_on and each.tries >= TRIES and now - each.since > PATIENCE:
+            self._gate.fail(f"there was no memory for {PATIENCE:g} s to apply {missing}")
 
     def _fail(self, apply: Apply, error: BaseException) -> None:
         self._gate.fail(f"applying step {apply.step} to {apply.key[0]}[{apply.key[1]}] failed: {error!r}")

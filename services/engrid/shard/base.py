@@ -237,8 +237,8 @@ def _add_held(base: Base, raw: bytes, sha256: str, path: str) -> None:
         (size,) = _SIZE.unpack_from(raw, at)
         push = decode(memoryview(raw)[at + _SIZE.size : at + _SIZE.size + size])
         at += _SIZE.size + size
-        assert isinstance(push, PushRecord)
-        assert base.placement is not None
+        if not isinstance(push, PushRecord) or base.placement is None:
+            raise _damaged(path, "holds something else than pushes of its placement")
         (part,) = push.parts
         ids = np.frombuffer(part.row_ids, "<i8")
         values = np.frombuffer(part.gradients, "<f4").reshape(len(ids), base.placement.tables[part.table].width)

@@ -127,4 +127,6 @@ class Bases:
     def _told(self, error: Exception) -> None:
         self._failed_at = self._service.backlog_bytes()
         unforeseen = None if isinstance(error, EngridError) else error
-        _log.warning("%s; replay at the next start grows until one succeeds", error or repr(error), exc_info=unforeseen)
+        _log.warning(
+            "%s; replay at the next start grows until one succeeds", str(error) or repr(error), exc_info=unforeseen
+        )

@@ -162,6 +162,8 @@ class ShardCore:
         if workers < 0 or attempt < 1 or not run:
             raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker (0 only claims it)")
         self._check_size(run)
+        if not tables:
+            raise BadRequestError(f"run {run} is begun on no table; name those it trains")
         states = self._of_tables(tables)
         assert self.placement is not None
         for table in tables:

@@ -238,7 +238,9 @@ class ShardService:
                     unsure = [each for each in self.journal.unsure(push) if each not in sure]
                 if not unsure:
                     with self._deciding("a push taken"):
-                        return self.journal.push(push, logged)
+                        taken = self.journal.push(push, logged)
+                        self._applying.decided(taken.applies)
+                        return taken
             with self._memory("try the push"):
                 for each in unsure:
                     self._rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
@@ -250,25 +252,29 @@ class ShardService:
         requests.check_count("step", request.step, 1)
         with self.gate.open(deadline), self._deciding("a commit taken"):
             taken = self.journal.commit(request.run, request.attempt, request.worker, request.step, request.epoch)
+            self._applying.decided(taken.applies)
         self._finish(taken, request.run, durable=request.durable, deadline=deadline)
 
     def _finish(self, taken: Taken, run: str, *, durable: bool, deadline: float) -> None:
         self._applying.carry_out(taken.applies)
-        if not taken.applies:  # a retry is answered no sooner than what it repeats: the next step may follow
-            self._wait_until_applied(run, deadline)
+        # A retry is answered no sooner than what it repeats: the next step may follow.
+        self._wait_until_applied(taken.applies, run, deadline)
         if durable:
             self.journal.wait_durable(taken.record)
         self._bases.look()
 
-    def _wait_until_applied(self, run: str, deadline: float) -> None:
+    def _wait_until_applied(self, applies: Sequence[Apply], run: str, deadline: float) -> None:
+        """These; where there are none, whatever is of the run."""
+
+        def done() -> bool:
+            return not (self._applying.is_pending(applies) if applies else self._core.is_applying_of(run))
+
         while True:
             with self.gate.locked(deadline):
-                self.gate.wait_for(
-                    lambda: self._applying.has_left or not self._core.is_applying_of(run), deadline, f"run {run}'s step"
-                )
-                if not self._core.is_applying_of(run):
+                self.gate.wait_for(lambda: self._applying.has_left or done(), deadline, f"run {run}'s step")
+                if done():
                     return
-            self._applying.try_again()
+            self._applying.carry_out()
 
     def _applied(self, apply: Apply, touched: int) -> None:
         self._core.applied(apply.key, apply.step)
@@ -299,7 +305,7 @@ class ShardService:
             yield
         except MemoryError as error:
             raise OutOfMemoryError(
-                f"shard {self.config.name} has no memory to {what}: {error or 'none is left'}. Nothing was changed; make "
+                f"shard {self.config.name} has no memory to {what}: {str(error) or 'none is left'}. Nothing was changed; make "
                 "room, then send it again"
             ) from error
 
@@ -310,7 +316,7 @@ class ShardService:
         """The lock, with every Apply carried out: rows and state machine are of one moment. Keep it short."""
         while True:
             if self._applying.has_left:
-                self._applying.try_again()
+                self._applying.carry_out()
             with self.gate.at_rest(lambda: self._core.is_applying and not self._applying.has_left, deadline):
                 if not self._core.is_applying:
                     yield
