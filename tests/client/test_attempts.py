@@ -147,7 +147,9 @@ def test_an_attempt_restored_by_one_is_not_begun_by_another(tmp_path, store, oth
     run = TrainingRun(store, run="r", tables=["t"])
     run.push({"t": PART}, step=1, learning_rate=1.0)
     (tmp_path / "saved").mkdir()
-    manifest = CheckpointSave(store, tmp_path / "saved", run="r", attempt=1, step=1, tables=["t"]).finish({}, {})
+    manifest = CheckpointSave(store, tmp_path / "saved", run="r", attempt=run.attempt, step=1, tables=["t"]).finish(
+        {}, {}
+    )
     claimed = claim_attempt(store, "r", ["t"])
     restore_tables(store, tmp_path / "saved", manifest, attempt=claimed)
     with pytest.raises(FencedError, match="another process began attempt 2"):

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables, drop_tables
+from engrid.client.checkpoints import CheckpointSave
 from engrid.client.pins import Pins
 from engrid.directory import Version
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, UnavailableError, UnknownTableError
@@ -179,6 +180,18 @@ def test_tables_that_are_there_are_kept_with_their_rows_or_refused_by_what_diffe
             create_tables(client, [SPEC])
         with pytest.raises(BadRequestError, match="table w is given twice"):
             create_tables(client, [table("w"), table("w")])
+
+
+@pytest.mark.parametrize("tables", [[], "t", ["t", "t"]])
+def test_a_checkpoint_is_of_tables_that_are_named_once(tmp_path, tables):
+    with local_shards(tmp_path, 1), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [SPEC])
+        with pytest.raises(BadRequestError, match="tables"):
+            CheckpointSave(client, tmp_path / "saved", run="r", attempt=1, step=0, tables=tables)
+        assert not (tmp_path / "saved").exists()
+        with pytest.raises(BadRequestError, match="a list of names"):
+            drop_tables(client, "t")
+        assert "t" in client.placement.tables
 
 
 def test_a_table_needs_a_name_rows_and_a_width():

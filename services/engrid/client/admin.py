@@ -76,7 +76,9 @@ def _check_same(wanted: TableSpec, there: TableSpec | None) -> None:
 
 
 def drop_tables(client: MemoryClient, names: Iterable[str]) -> None:
-    """Frees tables on all shards; names that do not exist are passed over."""
+    """Frees tables on all shards; names that do not exist are passed over. Raises BadRequestError for no list of names."""
+    if isinstance(names, str):
+        raise BadRequestError(f"names is {names!r}; give a list of names")
     before = current(directory_of(client))
     known = [name for name in names if name in before.tables]
     if known:

@@ -32,7 +32,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
 from .admin import create_tables, current, directory_of, spread_placement
-from .attempts import Attempt
+from .attempts import Attempt, check_tables
 from .client import MemoryClient
 from .transport import GrpcTransport
 
@@ -48,7 +48,7 @@ class CheckpointSave:
         folder: Path,
         *,
         run: str,
-        attempt: int,
+        attempt: Attempt | int,
         step: int,
         tables: Sequence[str],
         base: str = "",
@@ -58,6 +58,7 @@ class CheckpointSave:
         folder: of the checkpoints of this run. base: name of a published one; what has not changed since is left out.
         Raises OSError where the folder cannot be written, and what any shard answers: then none saves.
         """
+        attempt, tables = attempt.number if isinstance(attempt, Attempt) else attempt, check_tables(client, tables)
         self.folder, self.name = folder.resolve(), checkpoint_name(step, attempt)
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
