@@ -30,3 +30,21 @@ def test_every_path_named_exists():
         r"`((?:model|services)/[a-z_/]+\.py)`", README
     ):
         assert (root / path).exists(), path
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    tests = Path(__file__).parent
+    rows = [
+        line for line in (tests / "faults" / "README.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    assert len(rows) > 100
+    for row in rows:
+        file = ""
+        for named in re.findall(r"`([^`]*)`", row.rsplit(" | ", 1)[1]):
+            path, _, test = named.partition("::")
+            file = path if path.endswith(".py") else file
+            if not file or file.startswith("cluster/engrid/"):
+                continue
+            assert (tests / file).exists(), row
+            name = test.partition("[")[0].rstrip(".")
+            assert name in (tests / file).read_text(encoding="utf-8"), f"{name} of {file}"
