@@ -126,7 +126,7 @@ def load(service, value, *, index=0, step=9, run="B", attempt=1, deadline=None, 
     half = service.journal.core.placement.tables[name].rows // 2
     rows = np.full((half, 2), value, "<f4").tobytes()
     chunks = [pb.LoadChunk(table=name, partition=index, step=step, run=run, attempt=attempt, rows=rows)]
-    return service.load(iter(chunks), deadline=deadline or soon())
+    return service.transfers.load(iter(chunks), deadline=deadline or soon())
 
 
 class Call:

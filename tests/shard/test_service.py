@@ -211,7 +211,7 @@ def test_a_load_into_a_table_that_was_made_anew_meanwhile_is_refused():
             yield pb.LoadChunk(rows=rows[8:])
 
         with pytest.raises(WrongEpochError, match="made anew"):
-            service.load(chunks(), deadline=soon())
+            service.transfers.load(chunks(), deadline=soon())
         assert (look(service, epoch=2) == 0).all()
 
 
@@ -228,13 +228,13 @@ def test_a_sealed_load_into_a_table_that_was_made_anew_meanwhile_does_not_count_
             yield pb.LoadChunk(rows=rows[8:])
 
         with pytest.raises(WrongEpochError, match="made anew"):
-            service.load(chunks(), deadline=soon())
+            service.transfers.load(chunks(), deadline=soon())
         assert service.journal.core.empty("s@1")
 
 
 def test_an_export_of_rows_that_are_replaced_meanwhile_is_ended():
     with shell() as service:
-        chunks = service.export(pb.ExportRequest(table="t", partition=0, rows_per_chunk=2))
+        chunks = service.transfers.export(pb.ExportRequest(table="t", partition=0, rows_per_chunk=2))
         next(chunks)
         load(service, 66)
         with pytest.raises(WrongEpochError, match="other rows"):
@@ -341,7 +341,7 @@ def test_what_a_caller_has_given_up_is_not_carried_out():
         assert (look(service, run="r") == -1).all()
 
 
-@pytest.mark.parametrize("lock", ["loading", "saving", "_adopting"])
+@pytest.mark.parametrize("lock", ["loading", "saving", "adopting"])
 def test_a_lock_is_not_waited_for_longer_than_the_caller_waits(lock, tmp_path):
     with shell(tmp_path) as service:
         calls = {
@@ -350,7 +350,7 @@ def test_a_lock_is_not_waited_for_longer_than_the_caller_waits(lock, tmp_path):
                 lambda: load(service, 6, deadline=soon(0.1)),
             ],
             "saving": [lambda: load(service, 66, deadline=soon(0.1))],
-            "_adopting": [lambda: service.adopt(placement(2), check_only=False, deadline=soon(0.1))],
+            "adopting": [lambda: service.adopt(placement(2), check_only=False, deadline=soon(0.1))],
         }
         with getattr(service, lock):
             for call in calls[lock]:
@@ -463,7 +463,7 @@ def test_a_load_whose_chunks_name_other_partitions_is_refused():
             pb.LoadChunk(table="t", partition=1, rows=rows),
         ]
         with pytest.raises(BadRequestError, match=r"a later chunk names t\[1\]"):
-            service.load(iter(other), deadline=soon())
+            service.transfers.load(iter(other), deadline=soon())
         assert (look(service) == 0).all()
 
 

@@ -6,7 +6,6 @@ clock: nobody waits longer, and a request whose caller has given up is not carri
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
@@ -23,13 +22,12 @@ from engrid.rpc.errors import (
     OutOfMemoryError,
     RequestTooLargeError,
     StepNotReachedError,
-    WrongEpochError,
 )
 from engrid.rpc.frames import Ids, ids_from_bytes
 from engrid.rpc.wire import Request, new_reply
 from engrid.v1 import memory_pb2 as pb
 
-from . import loading, requests
+from . import requests
 from .applying import Applying
 from .bases import Bases
 from .checkpointing import Checkpointing
@@ -39,11 +37,11 @@ from .journal import Journal, Logged, Taken
 from .memory import memory
 from .messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
 from .records import PushPart
-from .rows import AnyPartition, SealedPartition, TableRows, refuse_empty
+from .rows import SealedPartition, TableRows, refuse_empty
 from .sealed import SealedRows
 from .state_folder import StateFolder
+from .transfers import Transfers
 
-EXPORT_CHUNK_BYTES = 1 << 20
 CONTROL_SECONDS = 10.0
 """For which a call that only asks waits for the lock, which a disk that hangs may keep."""
 
@@ -80,7 +78,8 @@ class ShardService:
         self._stepped = self.gate.stepped
         lives_on = self.journal.log is not None
         self._applying = Applying(config.name, self._rows, self.gate, self._applied, lives_on=lives_on)
-        self._adopting = threading.Lock()
+        self.adopting = threading.Lock()
+        """Held from a placement's check until it is in force."""
         self.saving = threading.Lock()
         """Held by whoever has snapshots of partitions; there can be one of each."""
         self.loading = threading.Lock()
@@ -88,6 +87,7 @@ class ShardService:
         and that before the gate."""
         self._bases = Bases(self)
         self.checkpointing = Checkpointing(self)
+        self.transfers = Transfers(self)
 
     # -- lookup
 
@@ -181,7 +181,7 @@ class ShardService:
                 for table in tables:
                     if self._core.empty(table):
                         refuse_empty(self.config.name, table)
-                with self._deciding("a run begun"):
+                with self.deciding("a run begun"):
                     step, record = self.journal.begin_run(run, attempt, workers, tables, token)
             self.journal.wait_durable(record)
             return step
@@ -191,7 +191,7 @@ class ShardService:
         self._check_durable(durable=request.durable)
         requests.check_push(request)
         self._bases.wait_for_room(deadline)
-        with self._memory("take the push"):
+        with self.memory("take the push"):
             push, came = self._read_push(request)
             logged = self.journal.logged(push, came)
         taken = self._take(push, logged, deadline)
@@ -234,14 +234,14 @@ class ShardService:
         sure: set[Together] = set()
         while True:
             with self.gate.open(deadline):
-                with self._memory("take the push"):
+                with self.memory("take the push"):
                     unsure = [each for each in self.journal.unsure(push) if each not in sure]
                 if not unsure:
-                    with self._deciding("a push taken"):
+                    with self.deciding("a push taken"):
                         taken = self.journal.push(push, logged)
                         self._applying.decided(taken.applies)
                         return taken
-            with self._memory("try the push"):
+            with self.memory("try the push"):
                 for each in unsure:
                     self._rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
             sure.update(unsure)
@@ -250,7 +250,7 @@ class ShardService:
         """See ShardCore.commit. Returns after what became ready is applied, and is on disk where that was asked for."""
         self._check_durable(durable=request.durable)
         requests.check_count("step", request.step, 1)
-        with self.gate.open(deadline), self._deciding("a commit taken"):
+        with self.gate.open(deadline), self.deciding("a commit taken"):
             taken = self.journal.commit(request.run, request.attempt, request.worker, request.step, request.epoch)
             self._applying.decided(taken.applies)
         self._finish(taken, request.run, durable=request.durable, deadline=deadline)
@@ -288,7 +288,7 @@ class ShardService:
             )
 
     @contextmanager
-    def _deciding(self, what: str) -> Iterator[None]:
+    def deciding(self, what: str) -> Iterator[None]:
         """What stands in the log and what the state machine knows must not come to differ: nobody could tell."""
         try:
             yield
@@ -300,7 +300,7 @@ class ShardService:
             raise
 
     @contextmanager
-    def _memory(self, what: str) -> Iterator[None]:
+    def memory(self, what: str) -> Iterator[None]:
         try:
             yield
         except MemoryError as error:
@@ -326,7 +326,7 @@ class ShardService:
 
     def adopt(self, placement: Placement, *, check_only: bool, deadline: float) -> int:
         """Serves the placement from now on; returns the bytes held under it. Refused: nothing changes."""
-        with self.gate.hold(self._adopting, deadline, "another placement"):
+        with self.gate.hold(self.adopting, deadline, "another placement"):
             with self.gate.locked(deadline):
                 adoption = self._core.plan_adoption(placement, time.monotonic())
             if adoption is None:
@@ -339,11 +339,11 @@ class ShardService:
                 )
             if check_only:
                 return needed
-            with self._memory("hold the tables"):
+            with self.memory("hold the tables"):
                 added = self._rows.allocate(placement, adoption.added)
             with self.at_rest(deadline):
                 self._core.plan_adoption(placement, time.monotonic())  # a reader may have come meanwhile
-                with self._deciding("a placement adopted"):
+                with self.deciding("a placement adopted"):
                     record = self.journal.adopt(adoption, added)
             self.journal.wait_durable(record)
             return self._rows.nbytes
@@ -413,51 +413,6 @@ class ShardService:
             refuse_empty(self.config.name, key[0])
         return part.rows
 
-    def load(self, chunks: Iterator[pb.LoadChunk], *, deadline: float) -> int:
-        """Overwrites one partition once all of its rows have come; returns their number."""
-        first = next(chunks, None)
-        if first is None:
-            raise BadRequestError("load: the stream held no chunk")
-        requests.check_load(first)
-        key: PartitionKey = (first.table, first.partition)
-        part = self._partition_to_load(key, deadline)
-        whole = itertools.chain([first], self._checked_chunks(first, chunks))
-        if isinstance(part, SealedPartition):
-            with self._memory(f"load {key[0]}[{key[1]}]"):
-                loading.receive_sealed(part, key, whole)
-            with self._stepped:
-                self._refuse_replaced(key, part)
-                # No run's: a commit of the run that made them must not find them.
-                self.journal.loaded(key, first.step, "", 0, rows_kept=False)
-            return part.stop - part.start
-        with self._memory(f"load {key[0]}[{key[1]}]"):
-            pieces = loading.receive(part, key, whole)
-        with self.gate.hold(self.loading, deadline, "other rows that are being loaded"), self.keeping_rows(deadline):
-            with self.at_rest(deadline):  # a step decided before must not be applied to the rows that come
-                self._refuse_replaced(key, part)
-                with self._deciding("a load"):
-                    self.journal.loading(key, first.step, first.run, first.attempt)
-            with self._memory(f"load {key[0]}[{key[1]}], which holds no rows now"):
-                loading.put(part, pieces)
-            with self._stepped:
-                self._refuse_replaced(key, part)
-                self._core.loaded(key, first.step, first.run, first.attempt)
-        return part.stop - part.start
-
-    @staticmethod
-    def _checked_chunks(first: pb.LoadChunk, chunks: Iterator[pb.LoadChunk]) -> Iterator[pb.LoadChunk]:
-        for chunk in chunks:
-            requests.check_chunk(first, chunk)
-            yield chunk
-
-    def _refuse_replaced(self, key: PartitionKey, part: AnyPartition) -> None:
-        """Under the lock: raises WrongEpochError if the table was dropped or made anew while its rows came."""
-        if not self._rows.holds(key) or self._rows.partition(key) is not part:
-            raise WrongEpochError(
-                f"{key[0]}[{key[1]}] on shard {self.config.name} was dropped or made anew while its rows came; load them again",
-                epoch=self._core.epoch,
-            )
-
     @contextmanager
     def keeping_rows(self, deadline: float) -> Iterator[None]:
         """Rows that come from outside meanwhile are in no log: a base that holds them makes them survive, made at the end.
@@ -469,37 +424,6 @@ class ShardService:
             self._bases.refuse_without_room()
             yield
             self._bases.make_in_turn()
-
-    def _partition_to_load(self, key: PartitionKey, deadline: float) -> AnyPartition:
-        with self.gate.hold(self._adopting, deadline, "a placement"):
-            state = self._core.partitions.get(key)
-            if state is not None and state.empty and self._core.placement is not None and not self._rows.holds(key):
-                with self._memory(f"hold {key[0]}[{key[1]}]"):
-                    made = self._rows.allocate(self._core.placement, [key])
-                with self._stepped:
-                    self._rows.replace(self._core.placement, made, [])
-            return self._rows.partition(key)
-
-    def export(self, request: pb.ExportRequest) -> Iterator[pb.ExportChunk]:
-        """Rows of one partition in order, about a MiB at a time. Raises WrongEpochError if other rows came meanwhile."""
-        key = (request.table, request.partition)
-        if self._core.empty(request.table):
-            refuse_empty(self.config.name, request.table)
-        part, state = self._rows.partition(key), self._core.partitions.get(key)
-        run = state.run if state else ""
-        row_bytes = part.rows.spec.row_bytes
-        asked = request.rows_per_chunk or EXPORT_CHUNK_BYTES // row_bytes
-        per_chunk = max(1, min(asked, self.config.max_reply_bytes // row_bytes))
-        count = part.stop - part.start
-        for start in range(0, count, per_chunk):
-            self.gate.refuse_failed()
-            raw = part.copy_out(start, min(start + per_chunk, count))
-            if state is None or self._core.partitions.get(key) is not state or state.run != run:
-                raise WrongEpochError(
-                    f"{key[0]}[{key[1]}] on shard {self.config.name} got other rows while it was exported; export it again",
-                    epoch=self._core.epoch,
-                )
-            yield pb.ExportChunk(rows=raw, step=state.step)
 
 
 def _size(count: int) -> str:

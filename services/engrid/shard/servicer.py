@@ -191,7 +191,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             raise BadRequestError(f"a run's name of {len(first.run.encode())} bytes: give at most {MAX_NAME_BYTES}")
         with self._only_load(first):
             chunks = itertools.chain([first], request_iterator)
-            return pb.LoadReply(rows=self._service.load(chunks, deadline=deadline_of(context)))
+            return pb.LoadReply(rows=self._service.transfers.load(chunks, deadline=deadline_of(context)))
 
     @contextmanager
     def _only_load(self, first: pb.LoadChunk) -> Iterator[None]:
@@ -210,7 +210,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                 self._loads.remove(key)
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportChunk]:
-        return self._service.export(request)
+        return self._service.transfers.export(request)
 
     def Checkpoint(
         self, request: pb.CheckpointRequest, context: grpc.ServicerContext
