@@ -361,6 +361,39 @@ def test_old_checkpoints_go_and_the_bases_of_kept_ones_stay(tmp_path: Path) -> N
         store.checkpoints.chain(names[2])
 
 
+def test_a_checkpoint_that_is_held_stays_with_its_bases_until_it_is_released(tmp_path: Path) -> None:
+    store, names = Store(spec_of(), LocalDisk(tmp_path), []), [""]
+    for number in range(6):
+        store.train()
+        names.append(store.save("" if number in (0, 3) else names[-1]))
+    store.checkpoints.hold(names[2])
+    store.checkpoints.hold(names[2])
+    assert store.checkpoints.keep(1) == [names[3]]
+    assert store.checkpoints.names() == [*names[1:3], *names[4:]]
+    assert store.checkpoints.verify(names[2]) == []
+    store.checkpoints.release(names[2])
+    store.checkpoints.release(names[2])
+    assert store.checkpoints.keep(1) == names[2:0:-1]
+
+
+def test_what_is_not_ours_in_an_old_checkpoint_stops_no_removal(tmp_path: Path) -> None:
+    store, names = Store(spec_of(), LocalDisk(tmp_path), []), []
+    for _ in range(4):
+        store.train()
+        names.append(store.save())
+    (tmp_path / names[0] / "notes").mkdir()
+    (tmp_path / names[0] / "notes" / "mine").write_bytes(b"keep me")
+    (tmp_path / f".{names[1]}.removed" / "in the way").mkdir(parents=True)
+    (tmp_path / "step-00000077").write_bytes(b"no folder")
+    (tmp_path / "step-00000078" / "manifest.json").mkdir(parents=True)
+    assert store.checkpoints.keep(1) == names[2::-1]
+    store.checkpoints.clean()
+    assert store.checkpoints.latest()[-1].name == names[3]
+    assert (tmp_path / f".{names[0]}.removed" / "notes" / "mine").read_bytes() == b"keep me"
+    assert not (tmp_path / f".{names[0]}.removed" / "manifest.json").exists()
+    assert not (tmp_path / f".{names[1]}.1.removed").exists()
+
+
 def test_what_does_not_make_a_whole_is_refused() -> None:
     store = Store(spec_of(), SimulatedDisk(), [300])
     store.train()

@@ -1,4 +1,4 @@
-"""From canonical ids to keys and row ids: the addresses of Engram's rows (engram.md, sections 2 to 5).
+"""From canonical ids to keys and row ids: the addresses of Engram's rows (docs/engram.md, sections 2 to 5).
 
 The n-gram that ends at position t is mixed into one key per order, newest token first; K primes per order fold the
 key into K rows:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # it needs the tokenizers package, and hashing numpy alone
     from .canonical import CanonicalVocabulary
 
 LAYER_STRIDE = 10_007
-"""Between the generator seeds of two layers (engram.md, 2)."""
+"""Between the generator seeds of two layers (docs/engram.md, 2)."""
 
 
 def multipliers(spec: EngramSpec, layer: int, canonical_size: int) -> Ids:

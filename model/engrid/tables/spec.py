@@ -51,7 +51,7 @@ class OptimizerSpec:
 
     kind: OptimizerKind
     """sgd: row -= lr * g. adagrad: row-wise, one accumulator per row of the mean squared gradient of its values.
-    adam: torch.optim.SparseAdam (engram.md, section 7)."""
+    adam: torch.optim.SparseAdam (docs/engram.md, section 7)."""
 
     beta1: float = 0.9
     """Adam's decay of the mean gradient per step the row is touched; in [0, 1)."""
@@ -82,7 +82,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """All rows of one Engram layer, its heads' buckets laid end to end (engram.md, section 3).
+    """All rows of one Engram layer, its heads' buckets laid end to end (docs/engram.md, section 3).
 
     A table called NAME@VERSION is sealed: it is read only, its rows are loaded once, and then never change. Whoever
     names a version makes sure that the same name always means the same rows.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +127,7 @@ class CheckpointSave:
         request = pb.SettleCheckpointRequest(partial=self.partial, published=published)
         for transport in self._transports:
             # Who does not hear of it saves more the next time.
-            with suppress(grpc.RpcError):
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 
@@ -169,6 +169,15 @@ def _make(client: MemoryClient, specs: Mapping[str, TableSpec]) -> None:
         create_tables(client, list(specs.values()), replace=True)
 
 
+def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:
+    """What the shards registered now say of themselves; those that are away say nothing."""
+    replies = []
+    for address in current(directory_of(client)).shards.values():
+        with client.connections.unary(address) as stub, suppress(grpc.RpcError):
+            replies.append(stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout))
+    return replies
+
+
 def live_states(client: MemoryClient) -> list[pb.PartitionState]:
     """Where the live partitions stand, as all shards say now."""
     client.connections.refresh()
@@ -178,6 +187,23 @@ def live_states(client: MemoryClient) -> list[pb.PartitionState]:
     timeout = client.config.timeout
     replies = _all(transports, lambda each: each.stub.Describe.future(pb.DescribeRequest(), timeout=timeout))
     return [state for reply in replies for state in reply.partitions if "@" not in state.table]
+
+
+def check_replaces(client: MemoryClient, names: Collection[str], run: str) -> None:
+    """Raises BadRequestError where live tables of these names hold steps of another run than `run`: they would be lost.
+
+    Shards that are away hold none.
+    """
+    found = [state for reply in _descriptions(client) for state in reply.partitions]
+    states = [each for each in found if each.table in names and each.step and each.run != run]
+    others = {state.run: state.step for state in states}
+    if others:
+        theirs = ", ".join(f"{other or 'another'} (step {step})" for other, step in sorted(others.items()))
+        raise BadRequestError(
+            f"the live tables {', '.join(sorted({state.table for state in states}))} hold rows of run {theirs}, which would be "
+            "lost. Save them first (engrid checkpoint save), go on with that run (engrid train --resume with its --out), give "
+            "this run another name (--run), or give them up with --replace"
+        )
 
 
 def check_folder(client: MemoryClient, folder: Path) -> None:

@@ -67,6 +67,8 @@ class Connections:
         self._addresses: dict[str, str] = {}
         """Of shards that the directory knows under another address than the placement."""
         self._lock = threading.Lock()
+        self._unary: set[grpc.Channel] = set()
+        """Channels of calls under way to shards that may not be in the placement."""
         self._reads = threading.BoundedSemaphore(MAX_READS)
         self._closed = False
         found = read_source(source)
@@ -183,12 +185,11 @@ class Connections:
     def transport(self, shard: str) -> GrpcTransport:
         """The connection to a shard of the placement, opened on first use and anew where its address changed.
 
-        Raises CancelledError once the client is closed.
+        Raises CancelledError once the client was closed.
         """
         address = self.address(shard)
         with self._lock:
-            if self._closed:
-                raise CancelledError(f"the client was closed; open another one to ask shard {shard}")
+            self._check_open()
             transport = self._transports.get(shard)
             if transport is None or transport.address != address:
                 if transport is not None:
@@ -219,16 +220,30 @@ class Connections:
 
     @contextmanager
     def unary(self, address: str) -> Iterator[memory_pb2_grpc.MemoryServiceStub]:
-        """Unary calls to a shard that may not be in the placement yet."""
+        """Unary calls to a shard that may not be in the placement yet. Raises CancelledError once the client was closed."""
         with open_channel(address) as channel:
-            yield memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+            with self._lock:
+                self._check_open()
+                self._unary.add(channel)
+            try:
+                yield memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+            finally:
+                with self._lock:
+                    self._unary.discard(channel)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CancelledError("the client was closed")
 
     def close(self) -> None:
         """Closes every connection; what is under way fails."""
         with self._lock:
             self._closed = True
             transports, self._transports = list(self._transports.values()), {}
+            unary = list(self._unary)
         _close_all(transports)
+        for channel in unary:
+            channel.close()
         if self.directory is not None:
             self.directory.close()
 

@@ -190,7 +190,9 @@ class _GrpcCall:
         return None
 
     def settle(self, error: EngridError | None) -> None:
-        self._error = error
+        if self._settled:
+            return
+        self._error, self.send_again = error, None
         self._settled = True
         with suppress(RuntimeError):  # settled already
             self._unsettled.release()
@@ -240,7 +242,6 @@ class _Stream:
         """Something in it: there was room a moment ago. Not a Condition, which Ctrl-C can leave with its lock let go."""
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._replies: Any = None
-        self._closing = False
         threading.Thread(target=self._read, args=(channel,), name=f"engrid {peer}", daemon=True).start()
 
     def send(self, encode: Callable[[int], bytes], call: _GrpcCall) -> None:
@@ -337,7 +338,7 @@ class _Stream:
             try:
                 self._fail(call)
             except BaseException as problem:  # noqa: BLE001 - raised to whoever waits
-                call.settle(ShardUnavailableError(f"{self._peer}: it could not be sent again: {problem!r}"))
+                call.settle(ShardUnavailableError(f"{self._peer}: {error}; it could not be sent again: {problem!r}"))
         self._ring()
         self.close()
 
@@ -347,6 +348,7 @@ class _Stream:
         if not self._taken_back or send_again is None:
             call.settle(self._error)
             return
+        call.read = False
         try:
             send_again()
         except EngridError as error:
