@@ -242,6 +242,7 @@ class _Stream:
         """Something in it: there was room a moment ago. Not a Condition, which Ctrl-C can leave with its lock let go."""
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._replies: Any = None
+        self._closing = False
         threading.Thread(target=self._read, args=(channel,), name=f"engrid {peer}", daemon=True).start()
 
     def send(self, encode: Callable[[int], bytes], call: _GrpcCall) -> None:
