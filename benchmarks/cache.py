@@ -244,7 +244,7 @@ def main() -> None:
         result["timings"][f"{row_bytes} bytes"] = timings(table, text, uniform, given)  # type: ignore[index]
         del table
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n")
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     show(result)
     print(f"written to {given.json}")
 

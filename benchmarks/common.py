@@ -34,7 +34,9 @@ def start(stack: ExitStack, command: list[str], expect: str) -> tuple[subprocess
     It runs in the root of the checkout and in a process group of its own: Ctrl-C is for us, who then stop it.
     """
     child = stack.enter_context(
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, process_group=0)
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", cwd=ROOT, process_group=0
+        )
     )
     stack.callback(child.terminate)
     assert child.stdout is not None
@@ -110,13 +112,17 @@ def load_sealed(client: MemoryClient, spec: TableSpec, local: RowTable) -> None:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time a process has used so far, all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def about() -> dict[str, str]:
     """When, where and with what."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.startswith("model name")
+    ]
     found = {}
     for name in VERSIONED:
         try:

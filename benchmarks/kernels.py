@@ -114,10 +114,10 @@ def ptxas(ptx: str, target: int) -> str:
     architecture = f"sm_{target}a" if target >= 90 else f"sm_{target}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         command = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--regAllocOptLevel=2"]
         command += [f"--gpu-name={architecture}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -146,7 +146,9 @@ def main() -> None:
     rows = [compiled(case, target) for case in CASES for target in TARGETS]
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

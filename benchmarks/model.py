@@ -30,10 +30,11 @@ from engrid.model.transformer import Transformer
 from engrid.rpc.allocator import keep_buffers
 from engrid.tables import RowTable
 from engrid.worker.config import demo_model
-from engrid.worker.corpus import prepare, standard_library
+from engrid.worker.corpus import prepare
 from engrid.worker.engine import TimedRows
 from engrid.worker.remote_rows import RemoteRows
 from engrid.worker.tables import sealed_spec, table_specs
+from engrid.worker.text import standard_library
 
 LOCAL = "in process"
 GRPC, UNCACHED, SHARED = "gRPC, cache", "gRPC, no cache", "shared memory"
@@ -84,8 +85,8 @@ class Bench:
 
     def __init__(self, stack: ExitStack, scale: Scale) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        root = standard_library() / "email" if scale.quick else None
-        corpus = prepare(Path(folder), vocab_size=600 if scale.quick else 4096, root=root)
+        roots = [standard_library() / "email"] if scale.quick else []
+        corpus = prepare(Path(folder), vocab_size=600 if scale.quick else 4096, roots=roots)
         self.text = corpus.train.astype(np.int64)
         self._canonical = CanonicalVocabulary(corpus.tokenizer)
         config = replace(demo_model(), context=4096)

@@ -29,12 +29,12 @@ class Line:
 def check_output(path: Path) -> None:
     """Raises OSError now, and not after minutes of measuring, where the file cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a"):
+    with path.open("a", encoding="utf-8"):
         pass
 
 
 def write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     Console().print(f"written to {path} and {path.with_suffix('.png').name}", highlight=False)
 
 

@@ -236,12 +236,12 @@ def training(stack: ExitStack, scale: Scale, figures: Figures) -> None:
 
 def demo_config(scale: Scale, **options: Any) -> TrainConfig:
     """The demo's training and nothing beside it; in a smoke run a small one on our own source."""
-    config = TrainConfig(evaluations=0, save=False, **options)
+    config = TrainConfig(evaluations=0, save=False, replace=True, **options)
     if not scale.quick:
         return config
     assert config.model.engram is not None
     small = replace(config.model, engram=replace(config.model.engram, vocab_size=(500, 1500)))
-    return replace(config, batch=2, length=32, model=small, text=str(ROOT / "services"))
+    return replace(config, batch=2, length=32, model=small, text=(str(ROOT / "services"),))
 
 
 def last_result(progress: Iterator) -> dict:

@@ -23,7 +23,7 @@ def engrid(*arguments, timeout=120, env=None):
     return subprocess.run(
         [*ENGRID, *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=timeout,
         check=False,
         stdin=subprocess.DEVNULL,
@@ -38,7 +38,7 @@ def start_engrid(*arguments, env=None):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env={**ENVIRONMENT, **(env or {})},
         start_new_session=True,
         # A shell that runs the tests in the background leaves SIGINT ignored, and a child would ignore it too.
@@ -77,7 +77,7 @@ def cluster_up(run_dir, *options):
 def tiny_training(folder: Path) -> Path:
     """A TrainConfig of a second or two, as a file for `engrid train --config`."""
     from engrid.worker.config import TrainConfig, demo_model
-    from engrid.worker.corpus import standard_library
+    from engrid.worker.text import standard_library
 
     values = TrainConfig(run="tiny", out=str(folder), steps=3, batch=2, length=32, evaluations=1).to_json()
     engram = {**demo_model().to_json()["engram"], "vocab_size": [500, 700], "heads": 2, "row_width": 8}
@@ -88,5 +88,5 @@ def tiny_training(folder: Path) -> Path:
         shutil.copy(standard_library() / f"{name}.py", text)
     values["text"] = str(text)
     path = folder / "tiny.json"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     return path

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from engrid.rpc.channel import SERVER_OPTIONS, open_channel
+from engrid.rpc.channel import open_channel, server_options
 
 TROUBLED = ("Push", "Commit", "BeginRun")
 LONGEST_DELAY = 0.03
@@ -65,14 +65,16 @@ class FaultyNetwork(grpc.GenericRpcHandler):
             time.sleep(self._up_to(LONGEST_DELAY))
         if self._happens("request lost", 0.5):
             self._lose(context)
-        if self._happens("twice", 0.5):
-            _quietly(call, request)
-        if self._happens("again later", 0.5):
-            threading.Timer(self._up_to(LONGEST_ECHO), _quietly, (call, request)).start()
         if self._happens("reply lost", 0.5):
             _quietly(call, request)
             self._lose(context)
-        return _pass_on(call, request, context)
+        try:
+            return _pass_on(call, request, context)
+        finally:  # the reply is the first one's: whoever hears of the second has not sent it
+            if self._happens("twice", 0.5):
+                _quietly(call, request)
+            if self._happens("again later", 0.5):
+                threading.Timer(self._up_to(LONGEST_ECHO), _quietly, (call, request)).start()
 
     def _lose(self, context):
         if self._up_to(1) < 0.5:
@@ -105,7 +107,7 @@ def main():
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
     network = FaultyNetwork(options.shard, options.rate, options.seed)
-    server = grpc.server(ThreadPoolExecutor(64), handlers=[network], options=SERVER_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(64), handlers=[network], options=server_options(30))
     server.add_insecure_port(options.listen)
     server.start()
     stop = threading.Event()

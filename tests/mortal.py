@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import socket
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 
-from engrid.client import MemoryClient, TrainingRun
+from engrid.client import Attempt, MemoryClient, TrainingRun
 from engrid.client.config import ClientConfig
 from engrid.rpc.errors import UnavailableError
 from engrid.tables import decode_rows
@@ -66,6 +67,7 @@ class Pushers:
     def __init__(self, folder, workers=2, *, durable, seed, rows=40, push_timeout=60.0, tries=1, attempt=1):
         """Begins at the step where the shards stand, with no sum. tries: how often the same push is tried where it fails for want of an answer."""
         self._stack = ExitStack()
+        begun = Attempt("r", attempt, uuid.uuid4().hex)
         config = ClientConfig(push_timeout=push_timeout)
         self._pool = self._stack.enter_context(ThreadPoolExecutor(workers))
         self.clients = [
@@ -80,7 +82,7 @@ class Pushers:
             self.runs.append(
                 self._trying(
                     lambda client=client, rank=rank: TrainingRun(
-                        client, run="r", attempt=attempt, worker=rank, workers=workers, tables=["t"], durable=durable
+                        client, run="r", attempt=begun, worker=rank, workers=workers, tables=["t"], durable=durable
                     )
                 )
             )

@@ -61,7 +61,7 @@ def local_shards(folder, count=2, **config):
 def shard_process(folder, name="s0", *more):
     """One shard in its own process; yields (process, address). Killed at the end if it still runs."""
     command = [sys.executable, "-m", "engrid.shard", "--name", name, "--directory", f"file:{folder}", *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         line = process.stdout.readline()
         assert "serves at" in line, process.stderr.read()

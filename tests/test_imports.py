@@ -29,9 +29,22 @@ def test_imports_nothing_of_ours_but_the_command_line(module):
     done = run(
         f"import sys, {module}; print(sorted(name for name in sys.modules if name.split('.')[0] in {{'torch', 'ray', 'grpc', 'engrid'}}))"
     )
-    also = {"engrid.cluster.cli": ["bench", "checkpoints", "interrupts", "options"]}.get(module, [])
+    also = {"engrid.cluster.cli": ["bench", "checkpoints", "interrupts", "options", "train_command"]}.get(module, [])
     ours = sorted([module, *(f"engrid.cluster.{name}" for name in also)])
     assert done.stdout.strip() == str(["engrid", "engrid.cluster", *ours]), done.stderr
+
+
+def test_hashing_needs_numpy_alone():
+    """Row ids of canonical ids, where nothing else of ours, nor what it needs, is installed."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'ray', 'triton', 'tokenizers', 'safetensors', 'grpc', "
+        "'google', 'redis']));"
+        "import numpy as np; from engrid.model.config import EngramSpec; from engrid.model.hashing import NgramHasher;"
+        "spec = EngramSpec(layers=(1,), max_ngram=3, heads=2, vocab_size=(11, 13), row_width=4);"
+        "print(NgramHasher(spec, 100, 0).row_ids(np.array([[1, 2, 3]]), 1).shape)"
+    )
+    done = run(code)
+    assert done.stdout.strip() == "(1, 3, 4)", done.stderr
 
 
 def test_engrid_shard_serves_where_torch_and_ray_are_missing(tmp_path: Path):

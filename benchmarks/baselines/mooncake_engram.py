@@ -63,7 +63,7 @@ def quiet() -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with Path(os.devnull).open("w") as nowhere:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
@@ -111,7 +111,7 @@ class MooncakePeer:
     @staticmethod
     def _start(stack: ExitStack, command: list[str]) -> subprocess.Popen[str]:
         child = stack.enter_context(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
         )
         stack.callback(child.terminate)
         return child

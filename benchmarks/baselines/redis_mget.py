@@ -37,7 +37,10 @@ class RedisPeer:
         port = free_port()
         command = [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", self._folder.name]
         self._server = subprocess.Popen(
-            [*command, "--save", "", "--appendonly", "no"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, "--save", "", "--appendonly", "no"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
         )
         try:
             self._wait()

@@ -11,7 +11,7 @@ import pytest
 from engrid.client import MemoryClient, create_tables
 from engrid.client.transport import GrpcTransport, Wanted
 from engrid.rpc.channel import MAX_MESSAGE_BYTES
-from engrid.rpc.errors import RequestTooLargeError, RowWidthMismatchError, ShardUnavailableError
+from engrid.rpc.errors import EngridError, RequestTooLargeError, RowWidthMismatchError, ShardUnavailableError
 from engrid.rpc.wire import decode_frame
 from engrid.tables import initial_rows
 from engrid.v1 import memory_pb2 as pb
@@ -170,3 +170,92 @@ def rows_through(transport, ids):
     wanted = Wanted(0, "", time.monotonic() + 10)
     transport.lookup([("t", ids, 256)], wanted, epoch=1, deliver=lambda rows: delivered.extend(map(bytes, rows))).wait()
     return delivered[0]
+
+
+@contextmanager
+def peer_that_ends(how):
+    """A server whose first streams end as `how(context)` says, and that is well from when `well` holds something on."""
+    well = []
+
+    def lookup(frames, context):
+        for raw in frames:
+            if not well:
+                how(context)
+            yield reply(decode_frame(raw).number)
+
+    handlers = {"Lookup": grpc.stream_stream_rpc_method_handler(lookup)}
+    server = grpc.server(ThreadPoolExecutor(8))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("engrid.v1.MemoryService", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    transport = GrpcTransport("bad", f"127.0.0.1:{port}", max_in_flight=8)
+    try:
+        yield transport, well
+    finally:
+        transport.close()
+        server.stop(0).wait()
+
+
+def with_trailer(value):
+    def end(context):
+        context.set_trailing_metadata((("engrid-error-bin", value),))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "a proxy's own trailer")
+
+    return end
+
+
+@pytest.mark.parametrize(
+    "trailer", [b"\xff\xff\xff", b"", b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"\x12\x01\xff"]
+)
+def test_a_trailer_that_is_no_error_of_ours_fails_the_calls_and_the_next_stream_serves(trailer):
+    with peer_that_ends(with_trailer(trailer)) as (transport, well):
+        calls = [ask(transport)[0] for _ in range(3)]
+        for call in calls:
+            with pytest.raises(EngridError):
+                call.wait()
+        well.append(True)
+        call, delivered = ask(transport)
+        call.wait()
+        assert delivered == ROWS
+
+
+@pytest.mark.parametrize("where", ["decode_reply", "from_rpc"])
+def test_whatever_the_reader_meets_fails_all_that_is_in_flight(monkeypatch, where):
+    """Also what nobody thought of: no thread dies with others waiting for it."""
+
+    def fail(*_):
+        raise ZeroDivisionError("nobody thought of it")
+
+    with peer_that_ends(with_trailer(b"\xff")) as (transport, well):
+        if where == "decode_reply":
+            well.append(True)
+        with monkeypatch.context() as patched:
+            patched.setattr(f"engrid.client.transport.{where}", fail)
+            calls = [ask(transport)[0] for _ in range(3)]
+            for call in calls:
+                with pytest.raises(ShardUnavailableError, match=r"shard bad at .*(nobody thought of it|lost before)"):
+                    call.wait()
+        well.append(True)
+        until = time.monotonic() + 10
+        while True:  # a stream that is about to end may take one more
+            call, delivered = ask(transport)
+            try:
+                call.wait()
+                break
+            except ShardUnavailableError:
+                assert time.monotonic() < until
+        assert delivered == ROWS
+
+
+def test_rows_that_cannot_be_placed_fail_their_call_alone():
+    def deliver(_):
+        raise ValueError("no room for them")
+
+    with shard_that_answers() as transport:
+        wanted = Wanted(0, "", time.monotonic() + 10)
+        bad = transport.lookup(WANTED, wanted, epoch=1, deliver=deliver)
+        good, delivered = ask(transport)
+        with pytest.raises(ShardUnavailableError, match=r"could not be placed: ValueError.*no room for them"):
+            bad.wait()
+        good.wait()
+        assert delivered == ROWS

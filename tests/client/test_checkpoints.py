@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engrid.client import ClientConfig, MemoryClient, TrainingRun, create_tables, spread_placement
-from engrid.client.checkpoints import CheckpointSave, check_folder, live_states, newest_attempt, restore_tables
+from engrid.client.attempts import newest_attempt
+from engrid.client.checkpoints import CheckpointSave, check_folder, live_states, restore_tables
 from engrid.rpc.errors import (
     BadRequestError,
     EngridError,
@@ -18,7 +19,7 @@ from engrid.rpc.errors import (
     ShardUnavailableError,
     StepNotReachedError,
 )
-from engrid.shard import checkpointing
+from engrid.shard import folders
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError
@@ -152,7 +153,7 @@ def test_live_tables_are_overwritten_in_place_and_older_attempts_fenced(store, s
     assert store.connections.epoch == epoch, "the tables stayed"
     with pytest.raises(FencedError, match="attempt 1 of run r is fenced"):
         push(old, 3)
-    with pytest.raises(FencedError, match="attempt 2 of run r has begun"):
+    with pytest.raises(FencedError, match="attempt 1 of run r is older than attempt 2"):
         restore_tables(store, saved, manifest, attempt=1)
     assert rows(store) == before
     assert newest_attempt(store, "r") == 2
@@ -251,21 +252,21 @@ def test_a_missing_file_is_named(store, saved):
 
 def elsewhere(monkeypatch, shard, root):
     """Lets one shard see another directory than the rest, as on a host where the shared one is not mounted."""
-    real = checkpointing.Checkpointing._disk
+    real = folders.CheckpointFolders.disk
 
-    def disk(self, folder):
-        return real(self, str(root) if self._name == shard else folder)
+    def disk(self, folder, within=""):
+        return real(self, str(root) if self._shard == shard else folder, within)
 
-    monkeypatch.setattr(checkpointing.Checkpointing, "_disk", disk)
+    monkeypatch.setattr(folders.CheckpointFolders, "disk", disk)
 
 
 def test_a_directory_that_one_shard_does_not_share_is_refused_naming_it(store, saved, tmp_path, monkeypatch):
     check_folder(store, saved)
     assert list(saved.iterdir()) == [], "nothing is left"
-    elsewhere(monkeypatch, "s1", tmp_path / "nowhere")
+    elsewhere(monkeypatch, "s1", tmp_path / "run" / "nowhere")
     with pytest.raises(BadRequestError, match=r"shard s1 cannot use .*saved.*finds no folder"):
         check_folder(store, saved)
-    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "run" / "nowhere").mkdir()
     with pytest.raises(BadRequestError, match=r"shard s1 cannot use .*No such file"):
         check_folder(store, saved)
     begin(store)

@@ -394,7 +394,9 @@ def test_threads_that_map_a_table_at_once_map_it_once(shard):
     client, _, _ = shard
     spec, _ = client.connections.table("t@1")
     found = []
-    threads = [threading.Thread(target=lambda: found.append(client.shared.table(spec))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(client.shared.table(spec, time.monotonic() + 5))) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

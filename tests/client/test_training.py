@@ -19,7 +19,6 @@ from engrid.rpc.errors import (
     RequestTooLargeError,
     RowOutOfRangeError,
     RowWidthMismatchError,
-    RunMismatchError,
     StepNotReachedError,
     WrongEpochError,
     from_rpc,
@@ -168,7 +167,9 @@ def test_shard_that_sees_a_nan_refuses_and_no_shard_applies_the_step(store_of_pr
 @pytest.mark.parametrize(
     ("ids", "values", "error"),
     [
-        (np.arange(2, dtype=np.int32), np.zeros((2, 8), np.float32), BadRequestError),
+        (np.arange(2, dtype=np.float32), np.zeros((2, 8), np.float32), BadRequestError),
+        ([True, False], np.zeros((2, 8), np.float32), BadRequestError),
+        ([1, 2**63], np.zeros((2, 8), np.float32), RowOutOfRangeError),
         (np.arange(4).reshape(2, 2), np.zeros((2, 8), np.float32), BadRequestError),
         (np.arange(2), np.zeros((2, 8)), BadRequestError),
         (np.arange(3), np.zeros((2, 8), np.float32), BadRequestError),
@@ -301,7 +302,7 @@ def test_export_and_load_move_rows_between_partitions(store):
         odd = [whole[start : start + 37] for start in range(0, len(whole), 37)]
         load_partition(store, "t", index, odd, step=1)
     assert np.array_equal(all_rows(store, spec, step=1), trained)
-    with pytest.raises(RunMismatchError):
+    with pytest.raises(WrongEpochError, match="made at epoch 3"):
         run.push({}, step=2, learning_rate=0.1)
 
 

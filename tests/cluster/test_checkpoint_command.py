@@ -31,7 +31,7 @@ def push(run, step):
 
 def engrid(*arguments):
     command = [sys.executable, "-m", "engrid.cluster.cli", "checkpoint", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=WIDE)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False, env=WIDE)
 
 
 def test_saved_listed_verified_and_restored(trained, tmp_path):
@@ -58,6 +58,44 @@ def test_saved_listed_verified_and_restored(trained, tmp_path):
     refused = engrid("restore", *where)
     assert refused.returncode == 1
     assert f"{NAME}-00001.exp_avg.safetensors" in refused.stderr.replace("\n", "")
+
+
+def test_any_tables_are_saved_published_and_read_by_what_they_are_named(trained, tmp_path):
+    folder, client, _run = trained
+    saved = tmp_path / "saved"
+    create_tables(client, [table("plain"), table("other", rows=70)])
+    two = TrainingRun(client, run="plain-1", attempt=1, worker=0, workers=1, tables=["plain", "other"])
+    two.push({"plain": (np.arange(9), np.ones((9, 8), np.float32))}, step=1, learning_rate=0.5)
+    where = ["--folder", saved, "--run-dir", folder]
+    done = engrid("save", "--tables", "plain,other", *where)
+    assert "rows and optimizer state of plain, other" in done.stdout, done.stderr
+    expected = client.lookup("plain", np.arange(1000), step=1).tobytes()
+    two.push({"plain": (np.arange(9), np.ones((9, 8), np.float32))}, step=2, learning_rate=0.5)
+    command = [sys.executable, "-m", "engrid.cluster.cli", "publish", str(saved), "--run-dir", str(folder)]
+    published = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False, env=WIDE)
+    assert "of run plain-1 is current" in published.stdout, published.stderr
+    client.connections.refresh()
+    (version,) = client.placement.versions["plain-1"]
+    assert client.lookup(f"plain@{version.name}", np.arange(1000)).tobytes() == expected
+    assert version.checkpoint == str(saved / "step-00000001")
+    assert "plain stand at different steps" in engrid("save", "--tables", f"{NAME},plain", *where).stderr
+    assert "table nothing is not there" in engrid("save", "--tables", "nothing", *where).stderr
+    assert f"table plain@{version.name} is sealed" in engrid("save", "--tables", f"plain@{version.name}", *where).stderr
+
+
+def test_restoring_over_another_runs_steps_is_refused(trained, tmp_path):
+    folder, client, _run = trained
+    where = ["--folder", tmp_path / "saved", "--run-dir", folder]
+    assert engrid("save", "--run", "mine", *where).returncode == 0
+    create_tables(client, [table(NAME, optimizer="adam")], replace=True)
+    theirs = TrainingRun(client, run="theirs-1", attempt=1, worker=0, workers=1, tables=[NAME])
+    push(theirs, 1)
+    before = client.lookup(NAME, np.arange(1000), step=1).tobytes()
+    refused = engrid("restore", *where)
+    assert refused.returncode == 1
+    assert "hold rows of run theirs-1 (step 1), which would be lost" in refused.stderr
+    assert client.lookup(NAME, np.arange(1000), step=1).tobytes() == before
+    assert engrid("restore", "--replace", *where).returncode == 0
 
 
 def test_what_is_not_there_is_named(trained, tmp_path):

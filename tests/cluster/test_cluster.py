@@ -122,18 +122,22 @@ def test_a_folder_without_checkpoint_is_named(cluster, run_dir, tmp_path):
     assert "holds no checkpoint" in refused.stderr
 
 
-def test_ctrl_c_in_training_leaves_the_cluster_ready_for_the_next(cluster, run_dir):
+def test_ctrl_c_in_training_saves_and_leaves_the_cluster_ready_for_the_next(cluster, run_dir):
     config = tiny_training(run_dir)
-    options = ["--run-dir", run_dir, "--config", config, "--run", "cut", "--out", run_dir / "cut"]
-    training = start_engrid("train", *options, "--steps", 100_000)
+    options = ["--run-dir", run_dir, "--config", config, "--run", "cut"]
+    training = start_engrid("train", *options, "--out", run_dir / "cut", "--steps", 100_000)
     with MemoryClient(cluster.directory) as client:
         wait_for(lambda: steps_of(client, "cut.engram.1") > 2, 60)
     training.send_signal(signal.SIGINT)
-    _, said = training.communicate(timeout=20)
-    assert training.returncode == 130
-    assert "stopped" in said
+    printed, said = training.communicate(timeout=60)
+    assert training.returncode == 130, said
+    assert "stopped after step" in printed
+    assert f"go on with: engrid train --resume --out {run_dir / 'cut'} --run-dir {run_dir}" in printed
     wait_for(lambda: "training" not in succeeded(engrid("status", "--run-dir", run_dir)), 30)
-    succeeded(engrid("train", *options))
+    refused = engrid("train", *options, "--out", run_dir / "another")
+    assert refused.returncode == 1
+    assert "--replace" in refused.stderr
+    succeeded(engrid("train", *options, "--out", run_dir / "another", "--replace"))
 
 
 def steps_of(client, name):

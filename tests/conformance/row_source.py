@@ -80,7 +80,7 @@ class RowSourceConformance:
             tables.source.prefetch([lookup([[1, -1]])]).rows(1)
 
     def test_wrong_dtype_is_an_error(self, tables):
-        ids = np.array([[1, 401]], np.int32)
+        ids = np.array([[1, 401]], np.float32)
         with pytest.raises(tables.bad_input):
             tables.source.prefetch([Lookup(layer=1, order=2, keys=np.zeros(1, np.int64), row_ids=ids)]).rows(1)
 

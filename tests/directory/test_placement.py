@@ -203,3 +203,9 @@ def test_a_conflict_keeps_its_epochs_between_processes() -> None:
     error = pickle.loads(pickle.dumps(EpochConflictError("x", 3, None)))
     assert (error.expected_epoch, error.actual_epoch) == (3, None)
     assert str(error) == "x holds no placement, not epoch 3; read placement() and make the change on top of it"
+
+
+@pytest.mark.parametrize("epoch", [-1, 2**63, 2**70, True, 1.0, "1", None])
+def test_epoch_is_a_number_that_travels(epoch):
+    with pytest.raises(PlacementError, match="epoch is"):
+        Placement(epoch=epoch, shards={}, tables={}, partitions={})

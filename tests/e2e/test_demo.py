@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, engrid_processes, succeeded
 from tests.interrupted import interrupt_demo
 
@@ -12,7 +13,7 @@ def test_demo_from_start_to_end(tmp_path):
     before = engrid_processes()
     shown = succeeded(engrid("demo", "--steps", 2, "--out", tmp_path, timeout=220))
     assert engrid_processes() - before == set()
-    result = json.loads((tmp_path / "demo.json").read_text())
+    result = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     for model in ("engram", "plain"):
         assert len(result[model]["losses"]) == 2
         assert 4 < result[model]["validation_loss"] < 9, "of a model that has seen two batches, 8.3 being chance"
@@ -21,6 +22,9 @@ def test_demo_from_start_to_end(tmp_path):
     assert result["engram"]["exposed_wait"] > 0
     assert 0.2 < result["remote_over_in_process"] < 2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert result["engram"]["checkpoint"] == str(tmp_path / "checkpoint" / "step-00000002")
+    assert open_checkpoint(tmp_path / "checkpoint").step == 2
+    assert not (tmp_path / "unfinished").exists()
     for words in (
         "validation loss, with Engram",
         "same model without",
@@ -46,5 +50,16 @@ def _type_what_it_says(shown, folder):
             succeeded(engrid(*words, env={"XDG_STATE_HOME": str(folder / "state")}))
 
 
-def test_ctrl_c_in_training_leaves_no_process(tmp_path):
+def test_ctrl_c_in_training_leaves_no_process_and_what_an_earlier_demo_left(tmp_path):
+    earlier = {
+        "demo.json": "{}",
+        "curves.png": "picture",
+        "result.json": "{}",
+        "checkpoint/step-00000250/manifest.json": "x",
+    }
+    for name, content in earlier.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     interrupt_demo(tmp_path, lambda record: record is not None and record.ready)
+    assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in earlier} == earlier
+    assert not (tmp_path / "unfinished").exists()

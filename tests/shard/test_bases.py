@@ -1,12 +1,14 @@
 """What a base brings back beside rows, and what waits until a step is applied: a base, another placement."""
 
 import threading
+import time
 
 import numpy as np
 
 from engrid.directory.placement import Partition, Placement
 from engrid.shard.base import begin_snapshots
 from engrid.shard.config import ShardConfig
+from engrid.shard.gradients import Gradients
 from engrid.shard.journal import Journal
 from engrid.shard.messages import PartitionPush, Push
 from engrid.shard.records import PushPart
@@ -56,7 +58,7 @@ def push(made, worker, ids):
         learning_rate=1.0,
         hold=False,
         epoch=1,
-        parts=[PartitionPush(key=("t", 0), seq=1, gradients=(ids, values))],
+        parts=[PartitionPush(key=("t", 0), seq=1, gradients=Gradients.of(ids, values))],
     )
     part = PushPart(table="t", partition=0, seq=1, row_ids=ids.tobytes(), gradients=values.tobytes())
     made.carry_out(made.push(message, made.logged(message, [part])).applies)
@@ -98,23 +100,25 @@ def test_journal_knows_that_a_second_base_would_be_the_first():
 def test_table_is_not_replaced_while_a_step_is_being_applied():
     """The step would be applied to the rows of the new table."""
     service = ShardService(ShardConfig(name="a", directory="file:unused", memory_bytes=1 << 20))
-    service.adopt(placement(), check_only=False)
-    service.begin_run("r", 1, 1, ["t"])
-    core, carry_out = service.journal.core, service.journal.carry_out
-    decided, go_on = threading.Event(), threading.Event()
+    soon = time.monotonic() + 10
+    service.adopt(placement(), check_only=False, deadline=soon)
+    service.begin_run("r", 1, 1, ["t"], deadline=soon)
+    core, rows = service.journal.core, service.journal.rows.live(("t", 0))
+    carry_out, decided, go_on = rows.apply, threading.Event(), threading.Event()
 
     def slowly(*arguments):
         decided.set()
         assert go_on.wait(10)
-        carry_out(*arguments)
+        return carry_out(*arguments)
 
-    service.journal.carry_out = slowly
+    rows.apply = slowly
     part = pb.PartitionPush(table="t", partition=0, seq=1, row_ids=bytes(8), gradients=np.ones(2, "<f4").tobytes())
     request = pb.PushRequest(run="r", attempt=1, worker=0, step=1, learning_rate=1.0, epoch=1, partitions=[part])
-    pusher = threading.Thread(target=service.push, args=(request,))
+    pusher = threading.Thread(target=service.push, args=(request,), kwargs={"deadline": soon})
     pusher.start()
     assert decided.wait(10)
-    adopter = threading.Thread(target=service.adopt, args=(placement(2, seed=1),), kwargs={"check_only": False})
+    once_more = {"check_only": False, "deadline": soon}
+    adopter = threading.Thread(target=service.adopt, args=(placement(2, seed=1),), kwargs=once_more)
     adopter.start()
     adopter.join(0.2)
     assert core.epoch == 1

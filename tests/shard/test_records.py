@@ -29,7 +29,7 @@ PART = st.builds(
 )
 RECORD = st.one_of(
     st.builds(AdoptRecord, placement=TEXT),
-    st.builds(BeginRunRecord, run=TEXT, attempt=U64, workers=U32, tables=st.lists(TEXT, max_size=3)),
+    st.builds(BeginRunRecord, run=TEXT, attempt=U64, workers=U32, tables=st.lists(TEXT, max_size=3), token=TEXT),
     st.builds(
         PushRecord,
         run=TEXT,
@@ -55,26 +55,26 @@ PUSH = PushRecord(
     parts=[PushPart(table="t", partition=5, seq=6, row_ids=b"IIIIIIII", gradients=b"GGGG")],
 )
 GOLDEN = [
-    (AdoptRecord(placement="{}"), "0101 02000000 7b7d"),
+    (AdoptRecord(placement="{}"), "0201 02000000 7b7d"),
     (
-        BeginRunRecord(run="r", attempt=1, workers=2, tables=["a", "b"]),
-        "0102 01000000 72 0100000000000000 02000000 02000000 01000000 61 01000000 62 00000000000000",
+        BeginRunRecord(run="r", attempt=1, workers=2, tables=["a", "b"], token="mine"),
+        "0202 01000000 72 0100000000000000 02000000 02000000 01000000 61 01000000 62 04000000 6d696e65 00000000000000",
     ),
     (
         PUSH,
         (
-            "0103 01000000 72 0100000000000000 02000000 0300000000000000 000000000000e03f 01 0400000000000000 01000000"
+            "0203 01000000 72 0100000000000000 02000000 0300000000000000 000000000000e03f 01 0400000000000000 01000000"
             "01000000 74 05000000 0600000000000000 0800000000000000 0400000000000000 00000000000000"
             "4949494949494949 47474747 00000000"
         ),
     ),
     (
         CommitRecord(run="r", attempt=1, worker=2, step=3),
-        "0104 01000000 72 0100000000000000 02000000 0300000000000000 0000000000",
+        "0204 01000000 72 0100000000000000 02000000 0300000000000000 0000000000",
     ),
     (
         LoadedRecord(table="t", partition=1, step=2, run="r", attempt=3, checkpoint="c"),
-        "0105 01000000 74 01000000 0200000000000000 01000000 72 0300000000000000 01000000 63 000000",
+        "0205 01000000 74 01000000 0200000000000000 01000000 72 0300000000000000 01000000 63 000000",
     ),
 ]
 
@@ -119,10 +119,10 @@ def test_arrays_are_the_requests_own_buffers_and_views_of_the_payload():
 
 def test_a_newer_version_and_an_unknown_kind_are_refused_by_name():
     data = bytearray(joined(CommitRecord(run="r", attempt=1, worker=0, step=1)))
-    data[0] = 2
-    with pytest.raises(CorruptLogError, match=r"format version 2; this shard reads version 1\. Start the engrid"):
+    data[0] = 3
+    with pytest.raises(CorruptLogError, match=r"format version 3; this shard reads version 2\. Start the engrid"):
         decode(memoryview(data))
-    data[:2] = 1, 9
+    data[:2] = 2, 9
     with pytest.raises(CorruptLogError, match="kind 9"):
         decode(memoryview(data))
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engrid.rpc.errors import BadRequestError
+from engrid.shard.gradients import Gradients
 from engrid.shard.rows import PartitionRows
 from engrid.shard.snapshot import ImageMemory, PartitionSnapshot, SnapshotBaseError, SnapshotGivenUpError
 from engrid.tables import OptimizerSpec, RowTable, TableSpec
@@ -39,7 +40,8 @@ def partition(spec: TableSpec, start: int = 0, stop: int = ROWS) -> PartitionRow
 def push(part: PartitionRows, step: int, seed: int, share: float = 0.2) -> None:
     rng = np.random.default_rng(seed)
     ids = np.flatnonzero(rng.random(part.stop - part.start) < share) + part.start
-    part.apply(step, 0.1, [(ids, rng.standard_normal((len(ids), part.rows.spec.width)).astype(np.float32))])
+    grads = rng.standard_normal((len(ids), part.rows.spec.width)).astype(np.float32)
+    part.apply(step, 0.1, [Gradients.of(ids, grads)])
 
 
 def copy_of(part: PartitionRows) -> dict[str, np.ndarray]:

@@ -81,8 +81,11 @@ CHECKS: dict[str, Mutant] = {
     ),
     "any run may push": _core("_check_run", ("(state.run, state.attempt) != (run, attempt)", "False")),
     "an older attempt may begin again": _core(
-        "check_begin_run", ("state.run == run and state.attempt > attempt", "False")
+        "_check_beginner", ("state.run == run and state.attempt > attempt", "False")
     ),
+    "an attempt that another began may begin": _core("_check_beginner", ('state.token not in ("", token)', "False")),
+    "the log forgets who began": Mutant(journal.Journal, "_replay", (("record.token", '""'),)),
+    "a base forgets who began": Mutant(base, "_from_json", (('token=each["token"]', 'token=""'),)),
     # epochs
     "a push of an older epoch": _core("check_push", ("self.check_epoch(table, push.epoch)", "pass")),
     "a commit of an older epoch": _core("check_commit", ("self.check_epoch(table, epoch)", "pass")),

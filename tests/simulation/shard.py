@@ -105,12 +105,14 @@ class SimulatedShard:
 
     def _push(self, push_and_parts: tuple[Push, Any]) -> tuple[Any, Taken]:
         push, parts = push_and_parts
+        for each in self.journal.unsure(push):
+            self.journal.rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
         taken = self.journal.push(push, self.journal.logged(push, parts))
         return taken.new, taken
 
-    def _begin_run(self, body: tuple[str, int, int]) -> tuple[Any, Taken]:
+    def _begin_run(self, body: tuple[str, int, int, list[str], str]) -> tuple[Any, Taken]:
         self._rest()
-        step, record = self.journal.begin_run(*body, [TABLE])
+        step, record = self.journal.begin_run(*body)
         return step, Taken((), (), record)
 
     def _adopt(self, placement: Placement) -> tuple[Any, Taken]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from engrid.directory import Placement
 from engrid.rpc.errors import ExpectedError
+from engrid.shard.gradients import Gradients
 from engrid.shard.messages import PartitionPush, Push
 from engrid.shard.records import PushPart
 
@@ -49,6 +50,11 @@ class SimulatedWorker:
     next_gradients: tuple[Ids, Floats] | None = None
 
     @property
+    def token(self) -> str:
+        """Of all workers of the attempt."""
+        return f"of {self.run}.{self.attempt}"
+
+    @property
     def shards(self) -> list[str]:
         return list(self.placement.shards)
 
@@ -69,7 +75,12 @@ class SimulatedWorker:
         if self.phase == "begin":
             missing = [shard for shard in self.shards if shard not in self.begun]
             if not self.zombie:
-                self._ask(self.random.choice(missing), "begin_run", (self.run, self.attempt, self.workers), ())
+                self._ask(
+                    self.random.choice(missing),
+                    "begin_run",
+                    (self.run, self.attempt, self.workers, [TABLE], self.token),
+                    (),
+                )
         elif self.phase == "push":
             shard = self.random.choice([shard for shard in self.shards if not self.taken[shard]])
             self._push(shard, self.step, self.seq + 1, self.gradients)
@@ -155,7 +166,7 @@ class SimulatedWorker:
             if part.primary == shard:
                 low, high = np.searchsorted(gradients[0], [part.start, part.stop])
                 ids, values = gradients[0][low:high], gradients[1][low:high]
-                parts.append(PartitionPush(key=(TABLE, part.index), seq=seq, gradients=(ids, values)))
+                parts.append(PartitionPush(key=(TABLE, part.index), seq=seq, gradients=Gradients.of(ids, values)))
                 logged.append(
                     PushPart(
                         table=TABLE,

@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from engrid.rpc.errors import EngridError
+from engrid.rpc.errors import EngridError, FencedError
 from engrid.shard.messages import PartitionKey
 from tests.simulated_disk import CrashedError, SimulatedDisk
 
@@ -316,6 +316,18 @@ class World:
         assert {key for key, _, _ in rows} == core.partitions.keys(), f"{shard.name} holds other rows than it says"
         for key, span, values in rows:
             self.history.check(shard.name, key, core.partitions[key], span, values)
+        for worker in self._active():
+            if shard.name in worker.begun:
+                self._refuse_thief(shard, worker)
+
+    def _refuse_thief(self, shard: SimulatedShard, worker: SimulatedWorker) -> None:
+        """Whoever begins an attempt that was begun is refused, whatever became of the shard since; it changes nothing."""
+        core = shard.journal.core
+        try:
+            core.check_begin_run(worker.run, worker.attempt, worker.workers, [TABLE], "a thief's")
+        except FencedError:
+            return
+        raise AssertionError(f"{shard.name} lets another begin attempt {worker.attempt} of {worker.run}")
 
     def _compare_shards(self) -> None:
         steps = {(name, shard.journal.core.reached(TABLE)) for name, shard in self.shards.items()}

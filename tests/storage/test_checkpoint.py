@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from engrid.shard.gradients import Gradients
 from engrid.shard.rows import PartitionRows
 from engrid.shard.saving import save_snapshot
 from engrid.shard.snapshot import ImageMemory
@@ -55,7 +56,7 @@ class Store:
         grads = rng.standard_normal((len(ids), self.spec.width)).astype(np.float32)
         for part in self.parts:
             mine = (ids >= part.start) & (ids < part.stop)
-            part.apply(self.step, 0.1, [(ids[mine], grads[mine])])
+            part.apply(self.step, 0.1, [Gradients.of(ids[mine], grads[mine])])
 
     def save(self, base: str = "", token: str = "a", meanwhile: int = 0) -> str:
         """meanwhile: steps trained between the begin of the snapshots and the sweep."""
@@ -186,6 +187,16 @@ def test_rows_alone_of_any_range_can_be_read(tmp_path: Path) -> None:
         rows = np.empty((stop - start, 16), np.uint8)
         store.checkpoints.restore_arrays(store.checkpoints.chain(second), "t", start, stop, {"rows": rows})
         np.testing.assert_array_equal(rows, whole[start:stop])
+
+
+def test_restored_rows_are_measured_so_that_ordinary_updates_are_not_computed_twice(tmp_path: Path) -> None:
+    store = Store(spec_of("adam"), LocalDisk(tmp_path), [100])
+    store.train()
+    chain = store.checkpoints.chain(store.save())
+    table = RowTable(store.spec, filled=False)
+    assert not table.stays_finite(1.0, 2, 0.1), "nothing is known of it"
+    store.checkpoints.restore(chain, table)
+    assert table.stays_finite(1.0, 2, 0.1)
 
 
 def test_a_later_attempt_is_newer_although_its_step_is_lower(tmp_path: Path) -> None:
@@ -348,6 +359,39 @@ def test_old_checkpoints_go_and_the_bases_of_kept_ones_stay(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == names[4:]
     with pytest.raises(CheckpointMissingError, match="no checkpoint step-00000002; there are: step-00000004"):
         store.checkpoints.chain(names[2])
+
+
+def test_a_checkpoint_that_is_held_stays_with_its_bases_until_it_is_released(tmp_path: Path) -> None:
+    store, names = Store(spec_of(), LocalDisk(tmp_path), []), [""]
+    for number in range(6):
+        store.train()
+        names.append(store.save("" if number in (0, 3) else names[-1]))
+    store.checkpoints.hold(names[2])
+    store.checkpoints.hold(names[2])
+    assert store.checkpoints.keep(1) == [names[3]]
+    assert store.checkpoints.names() == [*names[1:3], *names[4:]]
+    assert store.checkpoints.verify(names[2]) == []
+    store.checkpoints.release(names[2])
+    store.checkpoints.release(names[2])
+    assert store.checkpoints.keep(1) == names[2:0:-1]
+
+
+def test_what_is_not_ours_in_an_old_checkpoint_stops_no_removal(tmp_path: Path) -> None:
+    store, names = Store(spec_of(), LocalDisk(tmp_path), []), []
+    for _ in range(4):
+        store.train()
+        names.append(store.save())
+    (tmp_path / names[0] / "notes").mkdir()
+    (tmp_path / names[0] / "notes" / "mine").write_bytes(b"keep me")
+    (tmp_path / f".{names[1]}.removed" / "in the way").mkdir(parents=True)
+    (tmp_path / "step-00000077").write_bytes(b"no folder")
+    (tmp_path / "step-00000078" / "manifest.json").mkdir(parents=True)
+    assert store.checkpoints.keep(1) == names[2::-1]
+    store.checkpoints.clean()
+    assert store.checkpoints.latest()[-1].name == names[3]
+    assert (tmp_path / f".{names[0]}.removed" / "notes" / "mine").read_bytes() == b"keep me"
+    assert not (tmp_path / f".{names[0]}.removed" / "manifest.json").exists()
+    assert not (tmp_path / f".{names[1]}.1.removed").exists()
 
 
 def test_what_does_not_make_a_whole_is_refused() -> None:

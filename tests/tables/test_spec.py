@@ -57,6 +57,7 @@ def test_a_bad_field_is_named_with_its_remedy(change: dict[str, Any], message: s
         ({"beta1": 1.0}, "beta1 is 1.0; give a number from 0.0 to below 1.0"),
         ({"beta2": -0.1}, "beta2 is -0.1"),
         ({"eps": 0.0}, "eps is 0.0"),
+        ({"eps": 1e39}, r"eps is 1e\+39"),
     ],
 )
 def test_a_bad_optimizer_field_is_named(change: dict[str, Any], message: str) -> None:

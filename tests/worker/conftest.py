@@ -60,7 +60,7 @@ def make_out(folder):
     """A run's folder with its text beside: thirty files, mostly of characters that take several tokens each."""
     (folder / "text").mkdir(parents=True)
     for index in range(30):
-        (folder / "text" / f"f{index}.py").write_text(f"# {index}\n" + LINE * 6 + CODE * (index % 3))
+        (folder / "text" / f"f{index}.py").write_text(f"# {index}\n" + LINE * 6 + CODE * (index % 3), encoding="utf-8")
     return folder
 
 
@@ -76,7 +76,7 @@ def copy_of(folder, to):
 
 
 def corpus_of(config):
-    return prepare(Path(config.out), vocab_size=VOCABULARY, root=Path(config.text))
+    return prepare(Path(config.out), vocab_size=VOCABULARY, roots=list(map(Path, config.text)))
 
 
 def tiny_model(**changes):
@@ -87,7 +87,7 @@ def tiny_model(**changes):
 def tiny_config(out, **changes):
     """Eight steps of a tiny model."""
     base = {"run": "demo", "model": tiny_model(), "steps": 8, "batch": 4, "length": 24, "warmup": 2, "evaluations": 1}
-    return TrainConfig(**{"out": str(out), "text": str(Path(out) / "text"), **base, **changes})
+    return TrainConfig(**{"out": str(out), "text": (str(Path(out) / "text"),), "replace": True, **base, **changes})
 
 
 def finish(config, place=None, folder=None):
@@ -224,7 +224,7 @@ def worker_process(folder, name="w1"):
     """A worker in its own process; yields (process, a function that waits until it serves and returns its address)."""
     script = f"import sys; sys.path[:] = {sys.path!r}; arguments = {[name, f'file:{folder}']!r}\n{WORKER}"
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, encoding="utf-8")
     try:
         yield process, lambda: process.stdout.readline().strip()
     finally:
@@ -263,5 +263,7 @@ def load(worker, checkpoint):
     return worker.LoadModel(pb.LoadModelRequest(checkpoint=str(checkpoint)), timeout=30)
 
 
-def ask(worker, prompt="# ", tokens=3):
-    return list(worker.Generate(pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens), timeout=30))
+def ask(worker, prompt="# ", tokens=3, model=None):
+    """model: as LoadModel named it; None: the one used last."""
+    model = model or (describe(worker).models or [""])[-1]
+    return list(worker.Generate(pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens, model=model), timeout=30))

@@ -190,4 +190,4 @@ def test_checkpoint_without_memory_has_no_tables(out):
     assert manifest.tables == {}
     assert manifest.model.engram is None
     assert not list((out / "checkpoint" / "step-00000008" / "tables").iterdir())
-    assert json.loads((out / "result.json").read_text())["config"]["memory"] == "off"
+    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["config"]["memory"] == "off"

@@ -1,5 +1,6 @@
 """Whatever is wrong with a checkpoint is found before anything is loaded, and the file is named."""
 
+import hashlib
 import json
 import re
 
@@ -7,9 +8,8 @@ import pytest
 
 from engrid.storage import manifest as storage_manifest
 from engrid.storage.errors import CheckpointError
-from engrid.worker.dense import load_model
+from engrid.worker.engine import Engine
 from engrid.worker.saved_model import open_checkpoint
-from engrid.worker.sealed_tables import serve_tables
 from tests.worker.conftest import copy_of
 
 NAME = "step-00000090"
@@ -26,9 +26,7 @@ def checkpoint(trained, tmp_path):
 
 
 def load(checkpoint, client):
-    saved = open_checkpoint(checkpoint)
-    load_model(saved, "cpu")
-    serve_tables(saved, client)
+    Engine(open_checkpoint(checkpoint), client, "cpu")
 
 
 def assert_refused(checkpoint, client, name):
@@ -79,19 +77,19 @@ MANIFEST_BYTES = [
 def test_one_damaged_byte_of_the_manifest_is_found(checkpoint, store, before, after):
     """No other file tells: another seed of the hash, say, reads rows that mean nothing."""
     path = checkpoint / "manifest.json"
-    contents = path.read_text()
+    contents = path.read_text(encoding="utf-8")
     damaged = re.sub(before, after, contents, count=1, flags=re.DOTALL)
     assert sum(ours != theirs for ours, theirs in zip(contents, damaged, strict=True)) == 1
-    path.write_text(damaged)
+    path.write_text(damaged, encoding="utf-8")
     assert_refused(checkpoint, store, "manifest.json")
 
 
 def change(checkpoint, **changes):
     """Another manifest with a digest that is right: what a bug would write, and no accident."""
     path = checkpoint / "manifest.json"
-    values = json.loads(path.read_text()) | changes
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
     del values["digest"]
-    path.write_text(json.dumps(values | {"digest": storage_manifest._digest(values)}))
+    path.write_text(json.dumps(values | {"digest": storage_manifest._digest(values)}), encoding="utf-8")
 
 
 def test_folder_without_a_manifest_is_no_checkpoint(checkpoint, store, tmp_path):
@@ -121,7 +119,7 @@ def test_file_that_is_no_manifest_is_refused(checkpoint, store, contents):
 
 
 def change_model(checkpoint, **changes):
-    about = json.loads((checkpoint / "manifest.json").read_text())["about"]
+    about = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["about"]
     change(checkpoint, about={**about, "model": {**about["model"], **changes}})
 
 
@@ -138,9 +136,48 @@ def test_weights_of_another_shape_are_refused_naming_them(checkpoint, store):
 
 
 def test_manifest_whose_partitions_leave_rows_out_is_refused(checkpoint, store):
-    partitions = json.loads((checkpoint / "manifest.json").read_text())["partitions"]
+    partitions = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["partitions"]
     change(
         checkpoint, partitions=[part for part in partitions if (part["table"], part["index"]) != ("demo.engram.1", 0)]
     )
     with pytest.raises(CheckpointError, match=r"demo\.engram\.1"):
+        load(checkpoint, store)
+
+
+def rewrite(checkpoint, name, content):
+    """Another file with sums that are right: what somebody else's program would write."""
+    (checkpoint / name).write_bytes(content)
+    files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+    change(checkpoint, files={**files, name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", b"no tensors", "model.safetensors is no safetensors file"),
+        ("tokenizer.json", b"{}", "tokenizer.json is not a tokenizer.json"),
+        ("tokenizer.json", b"\xff", "tokenizer.json is no UTF-8"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_though_its_sums_are_right(checkpoint, store, name, content, words):
+    rewrite(checkpoint, name, content)
+    with pytest.raises(CheckpointError, match=words):
+        load(checkpoint, store)
+
+
+def test_a_tokenizer_of_another_size_is_refused(checkpoint, store):
+    values = json.loads((checkpoint / "tokenizer.json").read_bytes())
+    last = max(values["model"]["vocab"], key=values["model"]["vocab"].get)
+    del values["model"]["vocab"][last]
+    values["model"]["merges"] = values["model"]["merges"][:-1]
+    rewrite(checkpoint, "tokenizer.json", json.dumps(values).encode())
+    with pytest.raises(CheckpointError, match=r"tokenizer.json has 299 ids, the model of its checkpoint 300"):
+        load(checkpoint, store)
+
+
+def test_tables_that_the_model_does_not_address_are_refused(checkpoint, store):
+    about = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["about"]
+    sizes = about["model"]["engram"]["vocab_size"]
+    change_model(checkpoint, engram={**about["model"]["engram"], "vocab_size": [sizes[0] + 40, *sizes[1:]]})
+    with pytest.raises(CheckpointError, match=r"holds tables .*, its model reads"):
         load(checkpoint, store)

@@ -10,7 +10,7 @@ import pytest
 
 from engrid.v1 import compute_pb2 as pb
 from tests.shards import shard_process
-from tests.worker.conftest import local_worker, tiny_config, train_request
+from tests.worker.conftest import describe, local_worker, tiny_config, train_request
 
 DEADLINE = 5.0
 """Seconds of a lookup (ClientConfig.timeout)."""
@@ -32,7 +32,8 @@ def worker(folder, shards, trained):
 
 
 def generate(worker, tokens=0):
-    return worker.Generate(pb.GenerateRequest(prompt="# ", max_new_tokens=tokens), timeout=30)
+    model = describe(worker).models[-1]
+    return worker.Generate(pb.GenerateRequest(prompt="# ", max_new_tokens=tokens, model=model), timeout=30)
 
 
 def assert_fails_naming(call, address, *codes):

@@ -37,7 +37,9 @@ class Served:
     trained: Trained
 
     def ask(self, prompt, *, tokens=40, **more):
-        return list(self.stub.Generate(pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens, **more), timeout=30))
+        model = self.trained.saved.model_name
+        request = pb.GenerateRequest(prompt=prompt, max_new_tokens=tokens, model=model, **more)
+        return list(self.stub.Generate(request, timeout=30))
 
     def token_ids(self, prompt, tokens=40, **more):
         """What the same model says over tables in this process."""
@@ -54,7 +56,7 @@ def served(trained, tmp_path_factory):
         stub = stack.enter_context(local_worker(folder, shared_memory=False, cache_bytes=0))
         client = stack.enter_context(MemoryClient(f"file:{folder}"))
         reply = stub.LoadModel(pb.LoadModelRequest(checkpoint=str(trained.checkpoint)))
-        assert (reply.run, reply.step) == ("demo", 90)
+        assert (reply.run, reply.step, reply.model) == ("demo", 90, trained.saved.model_name)
         yield Served(stub, client, trained)
 
 
@@ -240,8 +242,8 @@ def test_explain_of_a_prompt_longer_than_a_chunk(tmp_path):
     model = tiny_model(layers=1, context=4200, engram=small_spec(layers=(0,)))
     with local_shards(tmp_path / "run", 1), local_worker(tmp_path / "run") as stub:
         finish(tiny_config(out, model=model, steps=1), folder=tmp_path / "run")
-        stub.LoadModel(pb.LoadModelRequest(checkpoint=str(out / "checkpoint")))
-        request = pb.GenerateRequest(prompt="1+" * 2060, max_new_tokens=1, explain=True)
+        loaded = stub.LoadModel(pb.LoadModelRequest(checkpoint=str(out / "checkpoint")))
+        request = pb.GenerateRequest(prompt="1+" * 2060, max_new_tokens=1, explain=True, model=loaded.model)
         trace = [each for reply in stub.Generate(request, timeout=60) for each in reply.trace]
     assert len(trace) == 4120
     assert all(len(each.gates) == 1 for each in trace)
@@ -277,7 +279,7 @@ def test_cancelling_stops_the_work_and_the_next_call_is_answered(served):
     served.ask("# ", tokens=20)
     per_token = (counted(served.client).lookups - before) / 20
     before = counted(served.client).lookups
-    call = served.stub.Generate(pb.GenerateRequest(prompt="# "))
+    call = served.stub.Generate(pb.GenerateRequest(prompt="# ", model=served.trained.saved.model_name))
     next(call)
     call.cancel()
 

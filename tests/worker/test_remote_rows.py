@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from engrid.client import ClientConfig, MemoryClient, create_tables
-from engrid.model.canonical import DEAD
 from engrid.model.generate import Decoder, Memory
 from engrid.model.hashing import NgramHasher
-from engrid.model.lookup import Lookup
+from engrid.model.lookup import DEAD, Lookup
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError

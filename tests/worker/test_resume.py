@@ -2,23 +2,34 @@
 
 import json
 import random
+import shutil
 import time
 from contextlib import ExitStack
 
 import grpc
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient
+from engrid.client import Attempt, ClientConfig, MemoryClient
 from engrid.client.checkpoints import CheckpointSave, live_states
 from engrid.client.training import TrainingRun
-from engrid.rpc.errors import EngridError, FencedError
+from engrid.rpc.errors import BadRequestError, EngridError, FencedError
 from engrid.shard.snapshot import PartitionSnapshot
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError, CheckpointMissingError
 from engrid.worker.run import Place, train
 from engrid.worker.saved_model import open_checkpoint
 from tests.shards import local_shards, shard_process
-from tests.worker.conftest import everything, finish, make_out, tiny_config, train_request, worker_process, worker_stub
+from tests.worker.conftest import (
+    LINE,
+    everything,
+    finish,
+    make_out,
+    table_bytes,
+    tiny_config,
+    train_request,
+    worker_process,
+    worker_stub,
+)
 
 STEPS = 16
 
@@ -74,7 +85,7 @@ def test_who_still_trains_the_older_attempt_is_fenced(store, folder, out, unbrok
     stop_at(8, config_of(out), folder)
     tables = ["demo.engram.0", "demo.engram.1"]
     store.connections.refresh()
-    zombie = TrainingRun(store, run="demo-1", attempt=1, worker=0, workers=1, tables=tables)
+    zombie = TrainingRun(store, run="demo-1", attempt=Attempt("demo-1", 1, "demo-1"), tables=tables)
     late = CheckpointSave(store, out / "checkpoint", run="demo-1", attempt=1, step=8, tables=tables)
     progress = train(config_of(out, resume=True), Place(identity="x"), lambda: MemoryClient(f"file:{folder}"), "cpu")
     assert next(each for each in progress if each.step).step.step == 7
@@ -98,7 +109,7 @@ def test_a_checkpoint_that_fails_is_told_and_training_goes_on(store, folder, out
 
     monkeypatch.setattr(LocalDisk, "create", create)
     progress = list(train(config_of(out), Place(identity="d"), lambda: MemoryClient(f"file:{folder}"), "cpu"))
-    assert any("was not saved" in each.phase and "No space left" in each.phase for each in progress)
+    assert any("was not saved" in each.notice and "No space left" in each.notice for each in progress)
     assert everything(out) == unbroken[1]
     saved = sorted(path.name for path in (out / "checkpoint").glob("step-*"))
     assert "step-00000006" not in saved
@@ -110,10 +121,88 @@ def test_what_computes_something_else_is_refused_naming_it(store, folder, out):
     for change, word in ({"batch": 2}, "batch"), ({"seed": 1}, "seed"), ({"learning_rate": 0.5}, "learning_rate"):
         with pytest.raises(ValueError, match=f"was made with another {word}"):
             finish(config_of(out, resume=True, **change), folder=folder)
-    with pytest.raises(ValueError, match="is at step 3 already; give more steps"):
+    with pytest.raises(
+        ValueError, match="is at step 3 already, and 3 steps were asked for; give --steps with more than 3"
+    ):
         finish(config_of(out, resume=True, steps=3), folder=folder)
     with pytest.raises(CheckpointMissingError, match="holds no checkpoint"):
         finish(config_of(make_out(out.parent / "empty"), resume=True), folder=folder)
+
+
+def test_a_foreign_file_in_an_old_checkpoint_costs_no_checkpoint_and_not_the_run(store, folder, out):
+    """Somebody's notes lie in a folder that is to go, and a folder has the name of what it would be called meanwhile."""
+    config = config_of(out, checkpoint_every=2, full_every=1, keep=2)
+    saved, notices = [], []
+    for each in train(config, Place(identity="demo-1"), lambda: MemoryClient(f"file:{folder}"), "cpu"):
+        notices.append(each.notice)
+        for path in (out / "checkpoint").glob("step-*"):
+            if path.name not in saved:
+                saved.append(path.name)
+                (path / "notes").mkdir()
+                (path / "notes" / "mine.txt").write_text("keep me", encoding="utf-8")
+                (out / "checkpoint" / f".{path.name}.removed" / "other").mkdir(parents=True)
+    assert saved == [f"step-{step:08d}" for step in range(2, STEPS + 1, 2)]
+    assert sorted(path.name for path in (out / "checkpoint").glob("step-*")) == saved[-2:]
+    kept = sorted((out / "checkpoint").glob(".step-*.removed/notes/mine.txt"))
+    assert len(kept) == len(saved) - 2, "what is not ours is left"
+    assert not list((out / "checkpoint").glob(".step-*.removed/model.safetensors")), "what is ours is gone"
+    assert [each for each in notices if "checkpoint" in each] == []
+
+
+def test_an_old_checkpoint_that_cannot_go_is_told_and_training_goes_on(store, folder, out, monkeypatch):
+    def rename(self, old, new):
+        if old == "step-00000002":
+            raise PermissionError(13, "Permission denied", old)
+        return real(self, old, new)
+
+    real = LocalDisk.rename
+    monkeypatch.setattr(LocalDisk, "rename", rename)
+    config = config_of(out, checkpoint_every=2, full_every=1, keep=2)
+    progress = list(train(config, Place(identity="demo-1"), lambda: MemoryClient(f"file:{folder}"), "cpu"))
+    assert any("old checkpoints stay" in each.notice and "step-00000002" in each.notice for each in progress)
+    assert open_checkpoint(out / "checkpoint").step == STEPS
+    assert not any("was not saved" in each.notice for each in progress)
+
+
+CHANGED_TEXT = {
+    "changed": (lambda text: (text / "f3.py").write_text("# other\n" + LINE * 6, encoding="utf-8"), "1 changed: f3.py"),
+    "added": (lambda text: (text / "new.txt").write_text(LINE * 7, encoding="utf-8"), "1 added: new.txt"),
+    "gone": (lambda text: (text / "f3.py").unlink(), "1 gone: f3.py"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED_TEXT)
+def test_a_run_does_not_go_on_with_another_text(out, how):
+    change, words = CHANGED_TEXT[how]
+    stop_at(4, config_of(out, memory="off"), None)
+    change(out / "text")
+    with pytest.raises(
+        ValueError, match=f"step-00000003 was trained on another text .corpus.: {words}. Put the files back"
+    ):
+        finish(config_of(out, memory="off", resume=True))
+    shutil.rmtree(next(out.glob("corpus-*")))
+    for kept in out.glob("corpus-*"):
+        shutil.rmtree(kept)
+    with pytest.raises(ValueError, match=r"was trained on another text .corpus.: 30 files with"):
+        finish(config_of(out, memory="off", resume=True))
+
+
+def test_a_run_does_not_take_the_live_tables_of_another_without_a_word(store, folder, out):
+    """Neither a new one nor one that goes on from an older checkpoint: what is not saved would be lost."""
+    other = make_out(out.parent / "other")
+    finish(config_of(other, steps=4), Place(identity="demo-1"), folder)
+    spec = open_checkpoint(other / "checkpoint").tables[0]
+    before = table_bytes(store, spec, step=4).copy()
+    refused = r"hold rows of run demo-1 \(step 4\).*--run.*--replace"
+    with pytest.raises(BadRequestError, match=refused):
+        finish(config_of(out, replace=False), Place(identity="demo-2"), folder)
+    assert (table_bytes(store, spec, step=4) == before).all()
+    with local_shards(out.parent / "elsewhere", 1):
+        finish(config_of(out, steps=4), Place(identity="demo-2"), out.parent / "elsewhere")
+    with pytest.raises(BadRequestError, match=refused):
+        finish(config_of(out, replace=False, resume=True), folder=folder)
+    assert (table_bytes(store, spec, step=4) == before).all()
+    finish(config_of(other, replace=False, resume=True, steps=5), folder=folder)  # its own
 
 
 def test_damage_is_named_when_a_run_would_go_on_from_it(store, folder, out):

@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
+from engrid.client import MemoryClient
 from engrid.v1 import compute_pb2 as pb
-from tests.shards import made_by
+from engrid.worker.run import Place, train
+from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.stopping import Stopping
+from tests.shards import local_shards, made_by, shard_process
 from tests.worker.conftest import (
     ask,
     describe,
@@ -37,7 +44,7 @@ def test_training_reports_every_step_and_the_model_can_be_loaded(worker, store, 
     assert any("checkpoint" in each.phase for each in progress)
     result = json.loads(progress[-1].result)
     assert [each.loss for each in steps] == result["losses"]
-    assert json.loads((out / "result.json").read_text())["losses"] == result["losses"]
+    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["losses"] == result["losses"]
     assert not any(each.result for each in progress[:-1])
     assert load(worker, result["checkpoint"]).step == 8
     assert ask(worker)[-1].totals.new_tokens == 3
@@ -75,6 +82,83 @@ def test_cancelling_training_stops_it_and_the_worker_takes_the_next_run(worker, 
     reference = finish(tiny_config(alone, steps=4, memory="in_process", save=False))
     assert result["losses"] == reference["losses"]
     assert made_by(store, "demo.engram.0") == {("demo-3", 4)}
+
+
+@pytest.mark.parametrize("moment", ["pushing", "saving"])
+def test_cancelling_reaches_what_training_waits_for(folder, out, moment):
+    """A shard stands still: the push would wait a minute for it, the checkpoint longer."""
+    every = {"pushing": 0, "saving": 1}[moment]
+    with (
+        shard_process(folder, "s0"),
+        shard_process(folder, "s1") as (process, _),
+        local_worker(folder, push_timeout=60.0) as worker,
+    ):
+        call = worker.Train(train_request(tiny_config(out, steps=100_000, checkpoint_every=every)), timeout=60)
+        until_step(call, 3)
+        process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as thread:
+            rest = thread.submit(list, call)
+            with pytest.raises(TimeoutError):
+                rest.result(timeout=0.5)
+            assert describe(worker).training
+            call.cancel()
+            assert within(5, lambda: not describe(worker).training)
+            with pytest.raises(grpc.RpcError):
+                rest.result(timeout=5)
+        assert not [each.name for each in threading.enumerate() if each.name == "engrid checkpoint"]
+
+
+def test_a_shard_that_is_away_does_not_hold_up_cancelling(folder, out):
+    with (
+        shard_process(folder, "s0"),
+        shard_process(folder, "s1") as (process, _),
+        local_worker(folder, push_timeout=60.0) as worker,
+    ):
+        call = worker.Train(train_request(tiny_config(out, steps=100_000)), timeout=60)
+        until_step(call, 3)
+        process.kill()
+        with ThreadPoolExecutor(1) as thread:
+            rest = thread.submit(list, call)
+            call.cancel()
+            assert within(5, lambda: not describe(worker).training)
+            rest.exception(timeout=5)
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_step_under_way_and_goes_on_from_it(worker, store, out):
+    config = tiny_config(out, steps=200)
+    call = worker.Train(train_request(config), timeout=60)
+    until_step(call, 3)
+    assert not worker.StopTraining(pb.StopTrainingRequest(identity="another"), timeout=5).stopping
+    assert worker.StopTraining(pb.StopTrainingRequest(identity="demo-2"), timeout=5).stopping
+    result = result_of(call)
+    assert result["stopped"]
+    assert 3 <= result["steps"] < 200
+    saved = open_checkpoint(out / "checkpoint")
+    assert saved.step == result["steps"]
+    assert result["checkpoint"] == str(saved.path)
+    assert not (out / "result.json").exists(), "that of a finished run"
+    more = dataclasses.replace(config, resume=True, steps=200, save=False, evaluations=0)
+    again = worker.Train(train_request(more), timeout=60)
+    assert next(each.step for each in again if each.step) == saved.step + 1
+    again.cancel()
+
+
+def test_a_run_asked_to_stop_right_after_a_checkpoint_saves_no_other(folder, out):
+    with local_shards(folder, 2):
+        stopping = Stopping()
+        progress = train(
+            tiny_config(out, steps=200, checkpoint_every=2),
+            Place(identity="demo-1"),
+            lambda: MemoryClient(f"file:{folder}"),
+            "cpu",
+            stopping,
+        )
+        for each in progress:
+            if each.step is not None and each.step.step == 3:
+                stopping.finish()
+            last = each
+        assert last.result["steps"] == 4
+        assert last.result["checkpoint"].endswith("step-00000004")
 
 
 def test_training_and_generating_at_once_do_not_disturb_each_other(worker, trained, out):

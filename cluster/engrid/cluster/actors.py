@@ -11,8 +11,11 @@ from typing import Any
 class ShardActor:
     """Hosts one shard."""
 
-    def __init__(self, name: str, directory: str, state: str, memory_bytes: int, host: str | None) -> None:
-        """state: folder where all of the cluster's shards keep their placement, each in its own. host: None asks Ray."""
+    def __init__(
+        self, name: str, directory: str, state: str, memory_bytes: int, host: str | None, checkpoints: list[str]
+    ) -> None:
+        """state: folder where all of the cluster's shards keep their placement, each in its own. host: None asks Ray.
+        checkpoints: folders they may use for checkpoints."""
         from engrid.rpc.addresses import host_port
         from engrid.rpc.allocator import keep_buffers
         from engrid.shard.config import ShardConfig
@@ -22,8 +25,21 @@ class ShardActor:
         self._state = Path(state, name)
         listen = host_port(host or node_address(), 0)
         self._server = ShardServer(
-            ShardConfig(name=name, listen=listen, directory=directory, state=self._state, memory_bytes=memory_bytes)
+            ShardConfig(
+                name=name,
+                listen=listen,
+                directory=directory,
+                state=self._state,
+                memory_bytes=memory_bytes,
+                checkpoints=tuple(Path(folder) for folder in checkpoints),
+            )
         )
+        self._server.when_failed(self._end)
+
+    def _end(self) -> None:
+        """A shard that cannot go on takes its process with it, so that Ray knows."""
+        self._server.stop()
+        os._exit(1)
 
     def address(self) -> str:
         """host:port it serves at."""

@@ -12,9 +12,9 @@ GIB_IN_MIB = 1024
 
 def memory_here(config: ClusterConfig) -> int:
     """MiB for each shard on this machine; raises ClusterError where it lacks them."""
-    from engrid.shard.config import free_memory_bytes
+    from engrid.shard.memory import memory
 
-    free = free_memory_bytes() >> 20
+    free = memory().free >> 20
     if config.memory_gib is None:
         return max(1, free // 2 // config.shards)
     wanted = _mib(config.memory_gib)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,9 @@ import typer
 from .options import RunDir, path_option
 
 if TYPE_CHECKING:
+    from engrid.client import MemoryClient
     from engrid.storage.checkpoint import Checkpoints
+    from engrid.v1.memory_pb2 import PartitionState
 
 app = typer.Typer(
     name="checkpoint",
@@ -26,43 +29,84 @@ DEFAULT_FOLDER = Path("engrid-run/checkpoint")
 @app.command()
 def save(
     run: Annotated[str, typer.Option(help="Name of the run whose tables are saved.")] = "default",
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(help="Names of the tables instead, with commas or again for more.", show_default="RUN.engram.*"),
+    ] = None,
     folder: Folder = DEFAULT_FOLDER,
     run_dir: RunDir = None,
 ) -> None:
-    """Save a run's live tables at the step they stand at. Not while it trains: `engrid train --checkpoint-every` is for that."""
+    """Save live tables at the step they stand at. Not while they are trained: `engrid train --checkpoint-every` is for that."""
     from engrid.client.checkpoints import CheckpointSave, check_folder, live_states
-    from engrid.rpc.errors import BadRequestError
 
     from .cli import console, told, where
     from .status import memory_of
 
     with told(), memory_of(where(run_dir)) as client:
-        states = [state for state in live_states(client) if state.table.startswith(f"{run}.engram.")]
-        stands = {(state.run, state.attempt, state.step) for state in states}
-        if len(stands) != 1:
-            known = "; ".join(f"run {each[0] or '-'}, attempt {each[1]}, step {each[2]}" for each in sorted(stands))
-            raise BadRequestError(
-                f"tables of run {run} stand at different steps ({known}); save again"
-                if stands
-                else f"no tables of run {run}"
-            )
-        identity, attempt, step = stands.pop()
+        states = live_states(client)
+        names = _chosen(run, tables, {state.table for state in states}, client)
+        identity, attempt, step = _stand([state for state in states if state.table in names], names)
         check_folder(client, folder)
-        tables = sorted({state.table for state in states})
-        begun = CheckpointSave(client, folder, run=identity, attempt=attempt, step=step, tables=tables)
+        begun = CheckpointSave(client, folder, run=identity, attempt=attempt, step=step, tables=names)
         manifest = begun.finish({}, {})
-        console.print(f"{folder / manifest.name}: rows and optimizer state of {', '.join(tables)}", highlight=False)
-        console.print("no dense weights are in it: it can be restored, not served or trained on", style="dim")
+        console.print(f"{folder / manifest.name}: rows and optimizer state of {', '.join(names)}", highlight=False)
+        console.print(
+            "no dense weights are in it: it can be restored and its rows published, not generated with or trained on",
+            style="dim",
+        )
+
+
+def _chosen(run: str, tables: Sequence[str] | None, live: Collection[str], client: MemoryClient) -> list[str]:
+    """The tables to save: those named, or those of the run. Raises BadRequestError where one is not live."""
+    from engrid.rpc.errors import BadRequestError
+
+    if tables is None:
+        names = sorted(name for name in live if name.startswith(f"{run}.engram."))
+        if not names:
+            known = ", ".join(sorted(live)) or "none"
+            raise BadRequestError(f"no tables of run {run}; name others with --tables (live tables: {known})")
+        return names
+    names = list(dict.fromkeys(name.strip() for each in tables for name in each.split(",") if name.strip()))
+    placed = client.placement.tables if client.connections.epoch else {}
+    for name in names:
+        if name not in live:
+            why = "is sealed: its rows are in the checkpoint that it was made of" if name in placed else "is not there"
+            raise BadRequestError(f"table {name} {why}; live tables: {', '.join(sorted(live)) or 'none'}")
+    if not names:
+        raise BadRequestError("--tables names no table")
+    return names
+
+
+def _stand(states: Sequence[PartitionState], names: Sequence[str]) -> tuple[str, int, int]:
+    """Run, attempt and step that all partitions stand at. Raises BadRequestError where they differ."""
+    from engrid.rpc.errors import BadRequestError
+
+    stands = {(state.run, state.attempt, state.step) for state in states}
+    if len(stands) != 1:
+        known = "; ".join(
+            f"{table}: run {run or '-'}, attempt {attempt}, step {step}"
+            for table, run, attempt, step in sorted(
+                {(each.table, each.run, each.attempt, each.step) for each in states}
+            )
+        )
+        raise BadRequestError(
+            f"tables {', '.join(names)} stand at different steps ({known}); save again, or those of one run and step at a time"
+        )
+    return stands.pop()
 
 
 @app.command()
 def restore(
     name: Annotated[str | None, typer.Argument(help="Of the checkpoint.", show_default="the newest")] = None,
     folder: Folder = DEFAULT_FOLDER,
+    replace: Annotated[  # noqa: FBT002
+        bool, typer.Option("--replace", help="Give up live tables that hold another run's steps.")
+    ] = False,
     run_dir: RunDir = None,
 ) -> None:
     """Put a checkpoint's rows and optimizer state into the live tables, over the shards there are now."""
-    from engrid.client.checkpoints import newest_attempt, restore_tables
+    from engrid.client.attempts import newest_attempt
+    from engrid.client.checkpoints import check_replaces, restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
     from .cli import console, told, where
@@ -74,6 +118,8 @@ def restore(
         if not chain:
             raise CheckpointMissingError(f"{folder} holds no complete checkpoint")
         manifest = chain[-1]
+        if not replace:
+            check_replaces(client, manifest.tables, manifest.run)
         attempt = checkpoints.claim_attempt(max(newest_attempt(client, manifest.run), manifest.attempt) + 1)
         restore_tables(client, folder, manifest, attempt=attempt)
         console.print(

@@ -7,22 +7,24 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
 
+import io
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from . import bench, checkpoints, interrupts
+from . import bench, checkpoints, interrupts, train_command
 from .options import (
     MOST_GIB,
     MOST_SHARDS,
     Address,
+    CheckpointFolders,
     Memory,
     Redis,
     RunDir,
@@ -50,6 +52,9 @@ errors = Console(stderr=True)
 def main() -> None:
     """Runs the CLI; SIGTERM ends it as Ctrl-C does, so that what it started is stopped."""
     interrupts.handle()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is shown as its number
     try:
         app()
     except ImportError as error:
@@ -131,6 +136,7 @@ def up(
     memory: Memory = None,
     address: Address = None,
     redis: Redis = None,
+    checkpoints: CheckpointFolders = None,
     timeout: Timeout = 120.0,
     run_dir: RunDir = None,
 ) -> None:
@@ -146,6 +152,7 @@ def up(
             memory_gib=memory,
             address=address,
             redis=redis,
+            checkpoints=tuple(checkpoints or ()),
             timeout=timeout,
         )
         with console.status("starting") as status:
@@ -226,6 +233,7 @@ def shard(
         int | None,
         typer.Option(help="Log to replay at most.", min=1, max=1 << 62, show_default="2 GiB", metavar="BYTES"),
     ] = None,
+    checkpoints: CheckpointFolders = None,
     run_dir: RunDir = None,
 ) -> None:
     """Run one shard in this process, without Ray."""
@@ -245,78 +253,23 @@ def shard(
                 directory=redis if redis is not None else folder_source(where(run_dir)),
                 memory_bytes=int(memory * (1 << 30)) if memory is not None else None,
                 state=state,
+                checkpoints=tuple(checkpoints or ()),
                 log_bytes=log_bytes if log_bytes is not None else ShardConfig.log_bytes,
             )
         )
 
 
-@app.command()
-def train(
-    out: Annotated[Path, path_option("Folder for corpus and checkpoint, seen by all workers.")] = Path("engrid-run"),
-    run: Annotated[
-        str | None, typer.Option(help="Name of the run; its tables carry it.", show_default="default")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps to train.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences per worker and step.")] = None,
-    learning_rate: Annotated[float | None, number_option("Peak, of the dense weights.", 1e-30, 1e3)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, rows and data order.")] = None,
-    memory: Annotated[str | None, typer.Option(help="remote, in_process, or off (no Engram).")] = None,
-    text: Annotated[
-        Path | None, path_option("Folder of *.py files to train on.", show_default="Python's standard library")
-    ] = None,
-    staleness: Annotated[
-        int | None, typer.Option(help="Steps by which rows may lag; 0: synchronous, -1: any.", show_default="0")
-    ] = None,
-    durable: Annotated[
-        bool | None, typer.Option("--durable", help="Each step is on the shards' disks before the next.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps from one checkpoint to the next while training.", show_default="none")
-    ] = None,
-    full_every: Annotated[
-        int | None, typer.Option(help="Checkpoints from one of all rows to the next; between them: what changed.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay; 0: all.", show_default="3")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,  # noqa: FBT002
-    config: Annotated[Path | None, path_option("A TrainConfig as JSON; the options above win over it.")] = None,
-    run_dir: RunDir = None,
-) -> None:
-    """Train the demo model on all workers of the cluster."""
-    from .config import require_cluster
-    from .train import read_config, train_with_progress
-
-    with told():
-        given: dict[str, Any] = {
-            "steps": steps,
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "memory": memory,
-            "text": str(text.resolve()) if text else None,
-            "staleness": staleness,
-            "durable": durable,
-            "checkpoint_every": checkpoint_every,
-            "full_every": full_every,
-            "keep": keep,
-        }
-        training = read_config(config, out=str(out.resolve()), run=run, resume=resume, **given)
-        record = require_cluster(where(run_dir))
-        result = train_with_progress(record, training, console)
-        console.print(
-            f"validation loss {result['validation_loss']:.4f} after {result['steps']} steps, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, exposed wait {1e3 * result['exposed_wait']:.1f} ms a step",
-            highlight=False,
-        )
-        if "checkpoint" in result:
-            console.print(f"checkpoint in {result['checkpoint']}", highlight=False)
+app.command()(train_command.train)
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    checkpoint: Annotated[Path, path_option("Checkpoint to load, or the folder of a run's.")] = Path(
-        "engrid-run/checkpoint"
-    ),
+    checkpoint: Annotated[
+        Path | None,
+        path_option("Checkpoint to load, or the folder of a run's.", show_default="engrid-run/checkpoint"),
+    ] = None,
+    run: Annotated[str, typer.Option(help="Load the published version of this run instead.")] = "",
     max_new_tokens: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, help="At most this many; 0 fills the context.")
     ] = 64,
@@ -329,11 +282,15 @@ def generate(
 ) -> None:
     """Continue a prompt on a compute worker, rows fetched from the shards."""
     from .config import require_cluster
-    from .generate import open_model, stream
+    from .generate import argument_text, open_model, stream
 
     with told():
+        prompt = argument_text(prompt)
+        if run and checkpoint is not None:
+            raise ValueError("give --run (what is published) or --checkpoint (that one), not both")
+        chosen = None if run else (checkpoint or Path("engrid-run/checkpoint")).expanduser().resolve()
         record = require_cluster(where(run_dir))
-        with open_model(record, checkpoint.resolve()) as worker:
+        with open_model(record, chosen, run) as worker:
             console.print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
             totals = stream(
                 worker,
@@ -349,7 +306,8 @@ def generate(
             console.print(
                 f"{totals.new_tokens} tokens, {rate:.1f} a second; {totals.rows_fetched} rows "
                 f"({totals.bytes_fetched} bytes) fetched, {totals.rows_here} found on this host, {1e3 * totals.exposed_wait:.1f} ms waited for them"
-                + (f"; {totals.accepted_tokens} of {totals.drafted_tokens} drafted tokens accepted" if draft else ""),
+                + (f"; {totals.accepted_tokens} of {totals.drafted_tokens} drafted tokens accepted" if draft else "")
+                + f"; model {worker.model}",
                 style="dim",
                 highlight=False,
             )
@@ -358,13 +316,16 @@ def generate(
 @app.command()
 def publish(
     checkpoint: Annotated[Path, path_argument("A checkpoint, or the folder of a run's: its newest.")],
+    run: Annotated[
+        str | None, typer.Option(help="Name to publish it under.", show_default="that of the checkpoint's run")
+    ] = None,
     run_dir: RunDir = None,
 ) -> None:
     """Make a checkpoint the version of its run that new readers get; who reads another one keeps it."""
     with told():
         from .versions import publish as publish_checkpoint
 
-        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint)
+        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint.expanduser(), run)
         console.print(f"version {version} of run {run} is current", highlight=False)
         if dropped:
             console.print(f"dropped {', '.join(dropped)}", style="dim", highlight=False)
@@ -407,6 +368,7 @@ def ids(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,  # noqa: FBT002
 ) -> None:
     """Print token ids, canonical ids and row ids of a text, to check another implementation against."""
+    from .generate import argument_text
     from .ids import of_checkpoint, of_preset, print_ids
 
     with told():
@@ -415,7 +377,7 @@ def ids(
                 "a checkpoint has its own shape and tokenizer: give --checkpoint alone, or --preset and --tokenizer"
             )
         hashing = of_checkpoint(checkpoint) if checkpoint is not None else of_preset(preset or "paper", tokenizer)
-        print_ids(text, hashing, layer=layer, as_json=as_json, console=console)
+        print_ids(argument_text(text), hashing, layer=layer, as_json=as_json, console=console)
 
 
 @app.command()
@@ -437,7 +399,12 @@ def demo(
     with told():
         out.mkdir(parents=True, exist_ok=True)
         config = ClusterConfig(
-            run_dir=out.resolve() / "run", shards=shards, workers=workers, address=address, redis=redis
+            run_dir=out.resolve() / "run",
+            shards=shards,
+            workers=workers,
+            address=address,
+            redis=redis,
+            checkpoints=(out.resolve(),),
         )
         run_demo(config, out.resolve(), steps=steps, seed=seed, console=console)
 

@@ -43,6 +43,9 @@ class ClusterConfig:
     """Ray cluster to join (host:port, or auto); None: start Ray on this machine."""
     redis: str | None = field(default=None, repr=False)
     """Directory for more than one host: a URL of Redis, or its host:port; None: a file in run_dir."""
+    checkpoints: tuple[Path, ...] = ()
+    """Folders in which the shards may write and read checkpoints; none: the working directory. Where the directory is a file,
+    commands of this user may name others as well."""
     timeout: float = 120.0
     """Seconds until every shard and worker must be healthy."""
 

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.config import Memory, TrainConfig, demo_model
-from engrid.worker.corpus import standard_library
-from engrid.worker.saved_model import FOLDER
+from engrid.worker.text import standard_library
 
+from . import interrupts
 from .config import ClusterConfig, Record
+from .demo_folder import begin, give_up, settle
 from .demo_report import draw_curves, next_commands, result_table, trace_table, whole_lines
 from .extras import require
 from .generate import Worker, open_model, stream
@@ -54,48 +55,71 @@ class DemoResult:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     generated: str
-    seconds: float
+    seconds: float = 0.0
 
 
 def run_demo(config: ClusterConfig, out: Path, *, steps: int | None, seed: int, console: Console) -> DemoResult:
     """Brings a cluster up, trains with and without Engram, generates, compares, and takes the cluster down.
 
-    Writes demo.json, curves.png and the checkpoint below `out`. Whatever ends it, Ctrl-C too, the cluster is stopped.
+    Writes demo.json, curves.png and the checkpoint below `out`. Whatever ends it, Ctrl-C too, the cluster is stopped, and
+    what an earlier demo left there stays until this one has finished.
     """
     require("ray", "torch", "tokenizers", "safetensors", "matplotlib")
     started = time.monotonic()
-    training = TrainConfig(
-        run="demo", out=str(out), steps=steps or STEPS, seed=seed, model=replace(demo_model(), seed=seed)
-    )
-    with console.status("starting the cluster") as status:
-        record = up(config, status.update)
-    shutil.rmtree(
-        out / FOLDER, ignore_errors=True
-    )  # of an earlier demo, which has ended: this one holds the run directory
+    record, finished = None, False
     try:
-        console.print(
-            f"{len(record.shards)} memory shards and {len(record.workers)} compute worker(s) are up; "
-            f"the text is {standard_library()}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        engram = train_with_progress(record, training, console, "with Engram   ")
-        plain = train_with_progress(record, _variant(training, "off"), console, "without Engram")
-        with console.status("comparing memory in the shards with memory in process"):
-            ratio = _paired_ratio(record, training)
-        with open_model(record, Path(engram["checkpoint"])) as worker:
-            generated = _show_generation(worker, console)
-            prefill, decode = _generation_speed(worker)
-            stream(worker, TRACED_PROMPT, lambda _: None, max_new_tokens=1, explain=True)
-            traces = list(worker.traces)
+        with console.status("starting the cluster") as status:
+            record = up(config, status.update)
+        work = begin(out)
+        result, traces, training = _measure(record, work, console, steps=steps, seed=seed)
+        finished = True
     finally:
-        with console.status("stopping the cluster"):
-            down(config.run_dir)
-    result = DemoResult(engram, plain, ratio, prefill, decode, generated, time.monotonic() - started)
-    (out / "demo.json").write_text(json.dumps(asdict(result), indent=1))
-    draw_curves(out / "curves.png", engram, plain, training)
+        if record is not None:
+            with console.status("stopping the cluster"):
+                down(config.run_dir)
+            if not finished:
+                _leave_as_it_was(out, console)
+    result.seconds = time.monotonic() - started
+    result.engram["checkpoint"] = str(settle(work, out) / Path(result.engram["checkpoint"]).name)
+    (out / "demo.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    draw_curves(out / "curves.png", result.engram, result.plain, training)
     _report(console, result, traces, out)
     return result
+
+
+def _leave_as_it_was(out: Path, console: Console) -> None:
+    with interrupts.uninterrupted():
+        give_up(out)
+    if (out / "demo.json").exists():
+        console.print(f"cut off; {out} holds what the demo before this one left", style="yellow", highlight=False)
+
+
+def _measure(
+    record: Record, work: Path, console: Console, *, steps: int | None, seed: int
+) -> tuple[DemoResult, list[pb.TokenTrace], TrainConfig]:
+    training = TrainConfig(
+        run="demo",
+        out=str(work),
+        steps=steps or STEPS,
+        seed=seed,
+        model=replace(demo_model(), seed=seed),
+        replace=True,
+    )
+    console.print(
+        f"{len(record.shards)} memory shards and {len(record.workers)} compute worker(s) are up; "
+        f"the text is {standard_library()}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    engram = train_with_progress(record, training, console, "with Engram   ")
+    plain = train_with_progress(record, _variant(training, "off"), console, "without Engram")
+    with console.status("comparing memory in the shards with memory in process"):
+        ratio = _paired_ratio(record, training)
+    with open_model(record, Path(engram["checkpoint"])) as worker:
+        generated = _show_generation(worker, console)
+        prefill, decode = _generation_speed(worker)
+        stream(worker, TRACED_PROMPT, lambda _: None, max_new_tokens=1, explain=True)
+        return DemoResult(engram, plain, ratio, prefill, decode, generated), list(worker.traces), training
 
 
 def _variant(training: TrainConfig, memory: Memory) -> TrainConfig:
@@ -142,7 +166,7 @@ def _show_generation(worker: Worker, console: Console) -> str:
 
 def _generation_speed(worker: Worker) -> tuple[float, float]:
     """Tokens/s of prefill and of decoding one sequence: medians."""
-    prompt = (standard_library() / "json" / "decoder.py").read_text()[:500]
+    prompt = (standard_library() / "json" / "decoder.py").read_text(encoding="utf-8")[:500]
     prefill, decode = [], []
     for _ in range(SPEED_REPEATS):
         totals = stream(worker, prompt, lambda _: None, max_new_tokens=NEW_TOKENS)

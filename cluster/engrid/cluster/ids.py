@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from engrid.model.canonical import CanonicalVocabulary, deepseek_tokenizer
+from engrid.model.canonical import CanonicalVocabulary, deepseek_tokenizer, read_tokenizer, tokenizer_of
 from engrid.model.config import PRESETS, EngramSpec
 from engrid.model.hashing import NgramHasher
 from engrid.worker.saved_model import TOKENIZER, open_checkpoint
@@ -40,7 +40,7 @@ def of_checkpoint(path: Path) -> Hashing:
     saved = open_checkpoint(path)
     if saved.model.engram is None:
         raise ValueError(f"{path}: its model has no Engram, so its texts have no rows")
-    tokenizer = Tokenizer.from_str(saved.read_file(TOKENIZER).decode())
+    tokenizer = tokenizer_of(saved.read_file(TOKENIZER).decode(), f"{saved.manifest.name}/{TOKENIZER}")
     return Hashing(f"checkpoint {saved.manifest.name}", saved.model.engram, tokenizer)
 
 
@@ -71,7 +71,4 @@ def _tokenizer(path: Path | None) -> Tokenizer:
         return deepseek_tokenizer()
     if not path.is_file():
         raise ValueError(f"tokenizer {path}: no such file; give a tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ValueError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+    return read_tokenizer(path)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -43,6 +43,32 @@ def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
 def pressed() -> bool:
     """Whether the command was told to stop, whatever became of the exception."""
     return bool(_pressed)
+
+
+@contextmanager
+def first_asks() -> Iterator[Callable[[], bool]]:
+    """Within, the first interrupt raises nothing: what is yielded says that it came. The second raises, as outside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        _pressed.append(number)
+        asked.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        restore()
 
 
 @contextmanager

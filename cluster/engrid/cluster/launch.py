@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 from engrid.client import MemoryClient
 from engrid.client.admin import spread_placement
@@ -156,6 +157,7 @@ def _start_actors(
             directory=config.directory,
             state=str(record.state(config.run_dir)),
             memory_mib=record.memory_mib,
+            checkpoints=[str(folder.resolve()) for folder in config.checkpoints or (Path.cwd(),)],
             host=record.host,
             timeout=left,
         )

@@ -67,6 +67,13 @@ def _finite(least: float, most: float) -> Callable[[str | float], float]:
     return read
 
 
+CheckpointFolders = Annotated[
+    list[Path] | None,
+    path_option(
+        "Folder in which clients may have checkpoints written and read; may be given again.",
+        show_default="the working directory",
+    ),
+]
 RunDir = Annotated[
     Path | None,
     path_option("Folder of the cluster's record and directory.", show_default="~/.local/state/engrid"),

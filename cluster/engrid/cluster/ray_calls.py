@@ -81,7 +81,7 @@ def connected(address: str, namespace: str, environment: Mapping[str, str], *, s
         log = Path(folder, "log")
         empty = Path(folder, "empty")  # Ray puts the driver's working folder on its workers' path
         empty.mkdir()
-        with log.open("w") as errors:
+        with log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "engrid.cluster.ray_driver"],
                 stdin=subprocess.PIPE,

@@ -99,6 +99,7 @@ def _start(
     directory: str,
     state: str,
     memory_mib: int,
+    checkpoints: list[str],
     host: str | None,
     timeout: float,
 ) -> dict[str, str]:
@@ -107,7 +108,7 @@ def _start(
 
     actors = {
         name: _options(ray, ShardActor, name, {MEMORY_RESOURCE: memory_mib}).remote(
-            name, directory, state, memory_mib * MIB, host
+            name, directory, state, memory_mib * MIB, host, checkpoints
         )
         for name in shards
     }

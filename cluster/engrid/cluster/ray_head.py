@@ -89,7 +89,7 @@ def start_head(temp: str, port: int, *, memory_mib: int, workers: int) -> int:
     with os.fdopen(token, "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
     Path(temp, "empty").mkdir()
-    with Path(temp, "head.log").open("w") as log:
+    with Path(temp, "head.log").open("w", encoding="utf-8") as log:
         head = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

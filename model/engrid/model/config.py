@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from engrid.tables import RowFormat, check_int, check_keys
+from engrid.tables import RowFormat, check_float, check_int, check_keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngramSpec:
-    """The memory of one model: which layers have a table, and how n-grams address its rows (engram.md, 2-4)."""
+    """The memory of one model: which layers have a table, and how n-grams address its rows (docs/engram.md, 2-4)."""
 
     layers: tuple[int, ...]
     """Transformer layers that have an Engram layer, 0-based, in the order that hands out primes."""
@@ -32,8 +32,13 @@ class EngramSpec:
     """Standard deviation of the initial rows."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "vocab_size", tuple(self.vocab_size))
+        for name in ("layers", "vocab_size"):
+            object.__setattr__(self, name, check_ints(name, getattr(self, name)))
+        for name, least in {"max_ngram": 0, "heads": 0, "row_width": 0, "pad_token_id": 0, "seed": 0}.items():
+            check_int(name, getattr(self, name), least, 2**63)
+        if self.row_format not in get_args(RowFormat):
+            raise ValueError(f"row_format is {self.row_format!r}; give one of {', '.join(get_args(RowFormat))}")
+        check_float("init_std", self.init_std, 0.0, 1e30)
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
             raise ValueError(f"layers {self.layers}: give at least one layer, each once, from 0")
         if self.max_ngram < 2:
@@ -102,6 +107,7 @@ class ModelConfig:
             check_int(name, asdict(self)[name], 1, 2**31)
         for name in ("shared_experts", "seed", "top_k"):
             check_int(name, asdict(self)[name], 0, 2**63)
+        check_float("rope_theta", self.rope_theta, 1e-30, 1e30)
         if self.d_model % self.heads or self.heads % self.kv_heads or self.d_model // self.heads % 2:
             raise ValueError(
                 f"d_model {self.d_model}, heads {self.heads}, kv_heads {self.kv_heads}: heads must divide d_model into "
@@ -122,6 +128,15 @@ class ModelConfig:
         return cls(**{**values, "engram": EngramSpec.from_json(engram) if engram is not None else None})
 
 
+def check_ints(field: str, values: object) -> tuple[int, ...]:
+    """The values as a tuple; raises ValueError, naming the field, unless they are integers."""
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{field} is {values!r}; give an array of integers")  # noqa: TRY004 - one error type for JSON
+    for index, value in enumerate(values):
+        check_int(f"{field}[{index}]", value, -(2**63), 2**63)
+    return tuple(values)
+
+
 PRESETS = {
     "paper": EngramSpec(layers=(1, 15), max_ngram=3, heads=8, vocab_size=(646_400, 646_400), row_width=64),
     "v41": EngramSpec(
@@ -133,4 +148,4 @@ PRESETS = {
         row_format="fp8_e4m3_ue8m0",
     ),
 }
-"""Published shapes (engram.md, 8), hashed over DeepSeek's tokenizer."""
+"""Published shapes (docs/engram.md, 8), hashed over DeepSeek's tokenizer."""

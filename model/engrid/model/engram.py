@@ -1,4 +1,4 @@
-"""The Engram layer: rows of n-grams, gated by the hidden state and mixed in (engram.md, section 6).
+"""The Engram layer: rows of n-grams, gated by the hidden state and mixed in (docs/engram.md, section 6).
 
     e = the token's rows end to end          k_m = W_K[m] e          v = W_V e
     gate_m = sigmoid(signed_sqrt(RMSNorm(h_m) . RMSNorm(k_m) / sqrt(d)))

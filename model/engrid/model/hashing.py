@@ -1,4 +1,4 @@
-"""From canonical ids to keys and row ids: the addresses of Engram's rows (engram.md, sections 2 to 5).
+"""From canonical ids to keys and row ids: the addresses of Engram's rows (docs/engram.md, sections 2 to 5).
 
 The n-gram that ends at position t is mixed into one key per order, newest token first; K primes per order fold the
 key into K rows:
@@ -28,17 +28,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .canonical import DEAD, CanonicalVocabulary
 from .config import EngramSpec
-from .lookup import Ids, Lookup
+from .lookup import DEAD, Ids, Lookup
+
+if TYPE_CHECKING:  # it needs the tokenizers package, and hashing numpy alone
+    from .canonical import CanonicalVocabulary
 
 LAYER_STRIDE = 10_007
-"""Between the generator seeds of two layers (engram.md, 2)."""
+"""Between the generator seeds of two layers (docs/engram.md, 2)."""
 
 
 def multipliers(spec: EngramSpec, layer: int, canonical_size: int) -> Ids:

@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
+DEAD = -1
+"""Canonical id of a negative raw id (an image token), which no n-gram spans, and row id of its position."""
+
 
 @dataclass(frozen=True)
 class Lookup:

@@ -69,10 +69,18 @@ class InProcessTables:
         return torch.from_numpy(values.reshape(*ids.shape, table.spec.width))
 
     def push(self, gradients: Mapping[int, tuple[Ids, Floats]], *, step: int, learning_rate: float) -> None:
-        """Updates rows by gradients float32 [n, width] of row ids int64 [n]; duplicates add up, -1 is left out."""
-        for layer, (row_ids, values) in gradients.items():
-            ids, summed = sum_duplicates(row_ids, values)
-            self.tables[layer].apply(ids, summed, step, learning_rate)
+        """Updates rows by gradients float32 [n, width] of row ids int64 [n]; duplicates add up, -1 is left out.
+
+        Raises NonFiniteGradientError, or what RowTable.apply raises, before anything of any layer is changed.
+        """
+        summed = {layer: sum_duplicates(row_ids, values) for layer, (row_ids, values) in gradients.items()}
+        if unknown := sorted(summed.keys() - self.tables.keys()):
+            raise ValueError(f"no table for layers {unknown}; there are tables for {sorted(self.tables)}")
+        checked = {
+            layer: self.tables[layer].check(ids, values, step, learning_rate) for layer, (ids, values) in summed.items()
+        }
+        for layer, (ids, values) in summed.items():
+            self.tables[layer].apply(ids, values, step, learning_rate, checked[layer])
 
 
 @dataclass(frozen=True)

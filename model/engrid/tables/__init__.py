@@ -5,9 +5,11 @@ bits. This package imports nothing else of ours.
 """
 
 from .errors import NonFiniteGradientError, ReadOnlyTableError, RowOutOfRangeError, TableError
+from .finite import magnitude
 from .formats import decode_rows, encode_rows
 from .gradients import check_finite, sum_duplicates
 from .initial import initial_rows
+from .optimizers import check_learning_rate
 from .row_table import RowTable
 from .spec import NAME, OptimizerKind, OptimizerSpec, RowFormat, TableSpec, check_float, check_int, check_keys
 
@@ -26,8 +28,10 @@ __all__ = [
     "check_float",
     "check_int",
     "check_keys",
+    "check_learning_rate",
     "decode_rows",
     "encode_rows",
     "initial_rows",
+    "magnitude",
     "sum_duplicates",
 ]

@@ -3,7 +3,7 @@
 TableError
 ├── RowOutOfRangeError      a row id outside the range this table or partition holds (also an IndexError)
 ├── ReadOnlyTableError      gradients for a table without an optimizer
-└── NonFiniteGradientError  a gradient that is NaN or infinite (also a ValueError)
+└── NonFiniteGradientError  a gradient that is NaN or infinite, or would make rows so (also a ValueError)
 """
 
 
@@ -20,4 +20,4 @@ class ReadOnlyTableError(TableError):
 
 
 class NonFiniteGradientError(TableError, ValueError):
-    """A gradient is NaN or infinite; nothing was changed. Skip the step or lower the learning rate."""
+    """A gradient is NaN or infinite, or what it leads to; nothing was changed. Skip the step or lower the learning rate."""

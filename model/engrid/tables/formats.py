@@ -2,7 +2,7 @@
 
 float32, bfloat16    width values, nothing else
 fp8_e4m3_ue8m0       | 256 x e4m3fn: sign 1, exponent 4 (bias 7), mantissa 3 | 8 x ue8m0: 2^(byte - 127) |
-                     scale j belongs to values 32j..32j+31; scale byte 255 is NaN, 0 is 2^-127 (engram.md, section 8)
+                     scale j belongs to values 32j..32j+31; scale byte 255 is NaN, 0 is 2^-127 (docs/engram.md, section 8)
 
 e4m3fn has no infinity: 0x7F and 0xFF are NaN, the largest value is 448.
 """

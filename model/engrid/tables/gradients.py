@@ -1,4 +1,4 @@
-"""Row gradients of a batch: duplicates summed before they are pushed (engram.md, section 7), non-finite ones refused.
+"""Row gradients of a batch: duplicates summed before they are pushed (docs/engram.md, section 7), non-finite ones refused.
 
 Summing 32,768 rows is dominated by moving rows, so no row is moved twice. Row id and position are packed into one
 integer: such keys are distinct, so numpy's vectorised unstable sort orders them stably, at a seventh of the time of

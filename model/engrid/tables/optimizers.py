@@ -16,6 +16,20 @@ Floats = npt.NDArray[np.float32]
 
 SCRATCHES = 3
 """Blocks of scratch `update_rows` needs."""
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def check_learning_rate(learning_rate: float) -> None:
+    """Raise ValueError unless the rate is a number from 0 that float32 holds: rows are float32."""
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.floating | np.integer):
+        raise ValueError(f"learning rate is {learning_rate!r}; give a number")  # noqa: TRY004 - as every other value
+    if not 0 <= learning_rate <= _LARGEST:
+        raise ValueError(f"learning rate is {learning_rate!r}; give a number from 0 to {_LARGEST:.3g}")
+
+
+def adam_rate(optimizer: OptimizerSpec, step: int, learning_rate: float) -> float:
+    """The rate of a step, corrected for the bias of the means that began at zero."""
+    return learning_rate * math.sqrt(1 - optimizer.beta2**step) / (1 - optimizer.beta1**step)
 
 
 def new_state(optimizer: OptimizerSpec, rows: int, width: int) -> dict[str, Floats]:
@@ -101,7 +115,7 @@ def _adam_change(
     np.sqrt(square, out=square)
     square += optimizer.eps
     mean /= square
-    mean *= learning_rate * math.sqrt(1 - optimizer.beta2**step) / (1 - optimizer.beta1**step)
+    mean *= adam_rate(optimizer, step, learning_rate)
     return mean
 
 

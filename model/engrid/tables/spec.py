@@ -4,7 +4,6 @@ A spec travels as JSON: in the placement, in create-table requests and in checkp
 hold equal specs hold equal initial rows, whatever the partitioning.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +18,8 @@ FP8_ROW_BYTES = FP8_VALUES + FP8_SCALES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of runs, of live tables and of versions; they are also parts of file names."""
+MAX_NAME = 200
+"""Characters of a table's name, which a file's, of 255 bytes at most, has to hold with more."""
 _STATE_FLOATS_PER_VALUE: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 0, "adam": 2}
 _STATE_FLOATS_PER_ROW: dict[OptimizerKind, int] = {"sgd": 0, "adagrad": 1, "adam": 0}
 
@@ -50,7 +51,7 @@ class OptimizerSpec:
 
     kind: OptimizerKind
     """sgd: row -= lr * g. adagrad: row-wise, one accumulator per row of the mean squared gradient of its values.
-    adam: torch.optim.SparseAdam (engram.md, section 7)."""
+    adam: torch.optim.SparseAdam (docs/engram.md, section 7)."""
 
     beta1: float = 0.9
     """Adam's decay of the mean gradient per step the row is touched; in [0, 1)."""
@@ -59,14 +60,14 @@ class OptimizerSpec:
     """Adam's decay of the mean squared gradient per step the row is touched; in [0, 1)."""
 
     eps: float = 1e-8
-    """Added to the root of the mean squared gradient by adam and adagrad; at least 1e-30, so not zero in float32."""
+    """Added to the root of the mean squared gradient by adam and adagrad; in [1e-30, 1e30), so that float32 holds it."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OptimizerKind):
             raise ValueError(f"kind is {self.kind!r}; give one of {', '.join(get_args(OptimizerKind))}")
         check_float("beta1", self.beta1, 0.0, 1.0)
         check_float("beta2", self.beta2, 0.0, 1.0)
-        check_float("eps", self.eps, 1e-30, math.inf)
+        check_float("eps", self.eps, 1e-30, 1e30)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -81,7 +82,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """All rows of one Engram layer, its heads' buckets laid end to end (engram.md, section 3).
+    """All rows of one Engram layer, its heads' buckets laid end to end (docs/engram.md, section 3).
 
     A table called NAME@VERSION is sealed: it is read only, its rows are loaded once, and then never change. Whoever
     names a version makes sure that the same name always means the same rows.
@@ -93,22 +94,23 @@ class TableSpec:
     rows: int
     """Number of rows; row ids are 0..rows-1."""
 
-    row_format: RowFormat
+    row_format: RowFormat = "float32"
     """Bytes of a row: float32, bfloat16 (both little-endian), or 256 fp8 e4m3 values then 8 ue8m0 scales."""
 
     width: int
     """Values per row; 256 for the fp8 format."""
 
-    seed: int
+    seed: int = 0
     """First word of the Philox key of the initial rows."""
 
-    layer: int
-    """Engram layer as configured; second word of the Philox key."""
+    layer: int = 0
+    """Engram layer as configured; second word of the Philox key. Two tables of one seed and layer begin with the same
+    rows."""
 
-    init_std: float
+    init_std: float = 0.02
     """Standard deviation of the initial values, which are uniform; 0 starts from zeros."""
 
-    optimizer: OptimizerSpec | None
+    optimizer: OptimizerSpec | None = None
     """None makes the table read only: pushes are refused."""
 
     buckets: tuple[int, ...] = ()
@@ -147,6 +149,8 @@ class TableSpec:
                 f"name is {self.name!r}; give letters, digits, '.', '_' and '-', not starting with a sign, and for a "
                 "sealed table '@' and its version"
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"name has {len(self.name)} characters; give at most {MAX_NAME}")
         if version and self.optimizer is not None:
             raise ValueError(f"table {self.name} is sealed, so it takes no optimizer; give None")
 

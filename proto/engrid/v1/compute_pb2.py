@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65ngrid/v1/compute.proto\x12\tengrid.v1\"&\n\x10LoadModelRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\"+\n\x0eLoadModelReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x83\x01\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x14\n\x0c\x64raft_tokens\x18\x06 \x01(\r\"\x81\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x06totals\x18\x03 \x01(\x0b\x32\x19.engrid.v1.GenerateTotals\x12$\n\x05trace\x18\x04 \x03(\x0b\x32\x15.engrid.v1.TokenTrace\"\xed\x01\n\x0eGenerateTotals\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nnew_tokens\x18\x02 \x01(\r\x12\x14\n\x0cprefill_time\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x63ode_time\x18\x04 \x01(\x01\x12\x14\n\x0c\x65xposed_wait\x18\x05 \x01(\x01\x12\x14\n\x0crows_fetched\x18\x06 \x01(\x04\x12\x15\n\rbytes_fetched\x18\x07 \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x08 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\t \x01(\x04\x12\x11\n\trows_here\x18\n \x01(\x04\"`\n\nTokenTrace\x12\r\n\x05token\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06ngrams\x18\x03 \x03(\x0b\x32\x15.engrid.v1.NgramTrace\x12\r\n\x05gates\x18\x04 \x03(\x02\":\n\nNgramTrace\x12\r\n\x05order\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07row_ids\x18\x03 \x03(\x03\"c\n\x0cTrainRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x12\n\nrendezvous\x18\x04 \x01(\t\x12\x10\n\x08identity\x18\x05 \x01(\t\"\x8a\x01\n\rTrainProgress\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x14\n\x0c\x65xposed_wait\x18\x05 \x01(\x01\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0e\n\x06result\x18\x07 \x01(\t\"\x17\n\x15WorkerDescribeRequest\"Y\n\x13WorkerDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x10\n\x08training\x18\x04 \x01(\x08\x32\xa5\x02\n\x0e\x43omputeService\x12\x43\n\tLoadModel\x12\x1b.engrid.v1.LoadModelRequest\x1a\x19.engrid.v1.LoadModelReply\x12\x42\n\x08Generate\x12\x1a.engrid.v1.GenerateRequest\x1a\x18.engrid.v1.GenerateReply0\x01\x12<\n\x05Train\x12\x17.engrid.v1.TrainRequest\x1a\x18.engrid.v1.TrainProgress0\x01\x12L\n\x08\x44\x65scribe\x12 .engrid.v1.WorkerDescribeRequest\x1a\x1e.engrid.v1.WorkerDescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65ngrid/v1/compute.proto\x12\tengrid.v1\"3\n\x10LoadModelRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\"N\n\x0eLoadModelReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\"\x92\x01\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0f\n\x07\x65xplain\x18\x05 \x01(\x08\x12\x14\n\x0c\x64raft_tokens\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\"\x81\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x06totals\x18\x03 \x01(\x0b\x32\x19.engrid.v1.GenerateTotals\x12$\n\x05trace\x18\x04 \x03(\x0b\x32\x15.engrid.v1.TokenTrace\"\xed\x01\n\x0eGenerateTotals\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nnew_tokens\x18\x02 \x01(\r\x12\x14\n\x0cprefill_time\x18\x03 \x01(\x01\x12\x13\n\x0b\x64\x65\x63ode_time\x18\x04 \x01(\x01\x12\x14\n\x0c\x65xposed_wait\x18\x05 \x01(\x01\x12\x14\n\x0crows_fetched\x18\x06 \x01(\x04\x12\x15\n\rbytes_fetched\x18\x07 \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x08 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\t \x01(\x04\x12\x11\n\trows_here\x18\n \x01(\x04\"`\n\nTokenTrace\x12\r\n\x05token\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06ngrams\x18\x03 \x03(\x0b\x32\x15.engrid.v1.NgramTrace\x12\r\n\x05gates\x18\x04 \x03(\x02\":\n\nNgramTrace\x12\r\n\x05order\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07row_ids\x18\x03 \x03(\x03\"c\n\x0cTrainRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x12\n\nrendezvous\x18\x04 \x01(\t\x12\x10\n\x08identity\x18\x05 \x01(\t\"\x9a\x01\n\rTrainProgress\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x14\n\x0c\x65xposed_wait\x18\x05 \x01(\x01\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0e\n\x06result\x18\x07 \x01(\t\x12\x0e\n\x06notice\x18\x08 \x01(\t\"\'\n\x13StopTrainingRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"%\n\x11StopTrainingReply\x12\x10\n\x08stopping\x18\x01 \x01(\x08\"\x17\n\x15WorkerDescribeRequest\"i\n\x13WorkerDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x10\n\x08training\x18\x04 \x01(\x08\x12\x0e\n\x06models\x18\x05 \x03(\t2\xf3\x02\n\x0e\x43omputeService\x12\x43\n\tLoadModel\x12\x1b.engrid.v1.LoadModelRequest\x1a\x19.engrid.v1.LoadModelReply\x12\x42\n\x08Generate\x12\x1a.engrid.v1.GenerateRequest\x1a\x18.engrid.v1.GenerateReply0\x01\x12<\n\x05Train\x12\x17.engrid.v1.TrainRequest\x1a\x18.engrid.v1.TrainProgress0\x01\x12L\n\x0cStopTraining\x12\x1e.engrid.v1.StopTrainingRequest\x1a\x1c.engrid.v1.StopTrainingReply\x12L\n\x08\x44\x65scribe\x12 .engrid.v1.WorkerDescribeRequest\x1a\x1e.engrid.v1.WorkerDescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,27 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'engrid.v1.compute_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOADMODELREQUEST']._serialized_start=38
-  _globals['_LOADMODELREQUEST']._serialized_end=76
-  _globals['_LOADMODELREPLY']._serialized_start=78
-  _globals['_LOADMODELREPLY']._serialized_end=121
-  _globals['_GENERATEREQUEST']._serialized_start=124
-  _globals['_GENERATEREQUEST']._serialized_end=255
-  _globals['_GENERATEREPLY']._serialized_start=258
-  _globals['_GENERATEREPLY']._serialized_end=387
-  _globals['_GENERATETOTALS']._serialized_start=390
-  _globals['_GENERATETOTALS']._serialized_end=627
-  _globals['_TOKENTRACE']._serialized_start=629
-  _globals['_TOKENTRACE']._serialized_end=725
-  _globals['_NGRAMTRACE']._serialized_start=727
-  _globals['_NGRAMTRACE']._serialized_end=785
-  _globals['_TRAINREQUEST']._serialized_start=787
-  _globals['_TRAINREQUEST']._serialized_end=886
-  _globals['_TRAINPROGRESS']._serialized_start=889
-  _globals['_TRAINPROGRESS']._serialized_end=1027
-  _globals['_WORKERDESCRIBEREQUEST']._serialized_start=1029
-  _globals['_WORKERDESCRIBEREQUEST']._serialized_end=1052
-  _globals['_WORKERDESCRIBEREPLY']._serialized_start=1054
-  _globals['_WORKERDESCRIBEREPLY']._serialized_end=1143
-  _globals['_COMPUTESERVICE']._serialized_start=1146
-  _globals['_COMPUTESERVICE']._serialized_end=1439
+  _globals['_LOADMODELREQUEST']._serialized_end=89
+  _globals['_LOADMODELREPLY']._serialized_start=91
+  _globals['_LOADMODELREPLY']._serialized_end=169
+  _globals['_GENERATEREQUEST']._serialized_start=172
+  _globals['_GENERATEREQUEST']._serialized_end=318
+  _globals['_GENERATEREPLY']._serialized_start=321
+  _globals['_GENERATEREPLY']._serialized_end=450
+  _globals['_GENERATETOTALS']._serialized_start=453
+  _globals['_GENERATETOTALS']._serialized_end=690
+  _globals['_TOKENTRACE']._serialized_start=692
+  _globals['_TOKENTRACE']._serialized_end=788
+  _globals['_NGRAMTRACE']._serialized_start=790
+  _globals['_NGRAMTRACE']._serialized_end=848
+  _globals['_TRAINREQUEST']._serialized_start=850
+  _globals['_TRAINREQUEST']._serialized_end=949
+  _globals['_TRAINPROGRESS']._serialized_start=952
+  _globals['_TRAINPROGRESS']._serialized_end=1106
+  _globals['_STOPTRAININGREQUEST']._serialized_start=1108
+  _globals['_STOPTRAININGREQUEST']._serialized_end=1147
+  _globals['_STOPTRAININGREPLY']._serialized_start=1149
+  _globals['_STOPTRAININGREPLY']._serialized_end=1186
+  _globals['_WORKERDESCRIBEREQUEST']._serialized_start=1188
+  _globals['_WORKERDESCRIBEREQUEST']._serialized_end=1211
+  _globals['_WORKERDESCRIBEREPLY']._serialized_start=1213
+  _globals['_WORKERDESCRIBEREPLY']._serialized_end=1318
+  _globals['_COMPUTESERVICE']._serialized_start=1321
+  _globals['_COMPUTESERVICE']._serialized_end=1692
 # @@protoc_insertion_point(module_scope)

@@ -6,34 +6,42 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("checkpoint",)
+    __slots__ = ("checkpoint", "run")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     checkpoint: str
-    def __init__(self, checkpoint: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, checkpoint: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class LoadModelReply(_message.Message):
-    __slots__ = ("run", "step")
+    __slots__ = ("run", "step", "model", "checkpoint")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     run: str
     step: int
-    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    model: str
+    checkpoint: str
+    def __init__(self, run: _Optional[str] = ..., step: _Optional[int] = ..., model: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "max_new_tokens", "temperature", "seed", "explain", "draft_tokens")
+    __slots__ = ("prompt", "max_new_tokens", "temperature", "seed", "explain", "draft_tokens", "model")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     max_new_tokens: int
     temperature: float
     seed: int
     explain: bool
     draft_tokens: int
-    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., explain: bool = ..., draft_tokens: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, prompt: _Optional[str] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., explain: bool = ..., draft_tokens: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("text", "token_ids", "totals", "trace")
@@ -108,7 +116,7 @@ class TrainRequest(_message.Message):
     def __init__(self, config: _Optional[str] = ..., rank: _Optional[int] = ..., workers: _Optional[int] = ..., rendezvous: _Optional[str] = ..., identity: _Optional[str] = ...) -> None: ...
 
 class TrainProgress(_message.Message):
-    __slots__ = ("step", "steps", "loss", "tokens_per_second", "exposed_wait", "phase", "result")
+    __slots__ = ("step", "steps", "loss", "tokens_per_second", "exposed_wait", "phase", "result", "notice")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +124,7 @@ class TrainProgress(_message.Message):
     EXPOSED_WAIT_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     step: int
     steps: int
     loss: float
@@ -123,20 +132,35 @@ class TrainProgress(_message.Message):
     exposed_wait: float
     phase: str
     result: str
-    def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., exposed_wait: _Optional[float] = ..., phase: _Optional[str] = ..., result: _Optional[str] = ...) -> None: ...
+    notice: str
+    def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., exposed_wait: _Optional[float] = ..., phase: _Optional[str] = ..., result: _Optional[str] = ..., notice: _Optional[str] = ...) -> None: ...
+
+class StopTrainingRequest(_message.Message):
+    __slots__ = ("identity",)
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    def __init__(self, identity: _Optional[str] = ...) -> None: ...
+
+class StopTrainingReply(_message.Message):
+    __slots__ = ("stopping",)
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    stopping: bool
+    def __init__(self, stopping: bool = ...) -> None: ...
 
 class WorkerDescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WorkerDescribeReply(_message.Message):
-    __slots__ = ("name", "device", "checkpoint", "training")
+    __slots__ = ("name", "device", "checkpoint", "training", "models")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     device: str
     checkpoint: str
     training: bool
-    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., checkpoint: _Optional[str] = ..., training: bool = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., device: _Optional[str] = ..., checkpoint: _Optional[str] = ..., training: bool = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...

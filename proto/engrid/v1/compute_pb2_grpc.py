@@ -49,6 +49,11 @@ class ComputeServiceStub(object):
                 request_serializer=engrid_dot_v1_dot_compute__pb2.TrainRequest.SerializeToString,
                 response_deserializer=engrid_dot_v1_dot_compute__pb2.TrainProgress.FromString,
                 _registered_method=True)
+        self.StopTraining = channel.unary_unary(
+                '/engrid.v1.ComputeService/StopTraining',
+                request_serializer=engrid_dot_v1_dot_compute__pb2.StopTrainingRequest.SerializeToString,
+                response_deserializer=engrid_dot_v1_dot_compute__pb2.StopTrainingReply.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/engrid.v1.ComputeService/Describe',
                 request_serializer=engrid_dot_v1_dot_compute__pb2.WorkerDescribeRequest.SerializeToString,
@@ -60,14 +65,14 @@ class ComputeServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def LoadModel(self, request, context):
-        """Loads a checkpoint's dense weights; rows come from the memory shards. Replaces the model loaded before.
+        """Loads a checkpoint's dense weights; rows come from the memory shards. A worker keeps a few models, those used last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Tokens as they are decoded. FAILED_PRECONDITION when no model is loaded.
+        """Tokens as they are decoded, by the model that the request names. FAILED_PRECONDITION when it is not loaded (any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,6 +80,13 @@ class ComputeServiceServicer(object):
 
     def Train(self, request, context):
         """Runs one data-parallel rank of a training run to its end; one Train at a time, ABORTED otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopTraining(self, request, context):
+        """Asks a run to end after the step under way and to save a checkpoint of it, on every rank alike. Returns at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,6 +115,11 @@ def add_ComputeServiceServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=engrid_dot_v1_dot_compute__pb2.TrainRequest.FromString,
                     response_serializer=engrid_dot_v1_dot_compute__pb2.TrainProgress.SerializeToString,
+            ),
+            'StopTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopTraining,
+                    request_deserializer=engrid_dot_v1_dot_compute__pb2.StopTrainingRequest.FromString,
+                    response_serializer=engrid_dot_v1_dot_compute__pb2.StopTrainingReply.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -191,6 +208,33 @@ class ComputeService(object):
             '/engrid.v1.ComputeService/Train',
             engrid_dot_v1_dot_compute__pb2.TrainRequest.SerializeToString,
             engrid_dot_v1_dot_compute__pb2.TrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/engrid.v1.ComputeService/StopTraining',
+            engrid_dot_v1_dot_compute__pb2.StopTrainingRequest.SerializeToString,
+            engrid_dot_v1_dot_compute__pb2.StopTrainingReply.FromString,
             options,
             channel_credentials,
             insecure,

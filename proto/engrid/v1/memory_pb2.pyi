@@ -27,6 +27,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RUN_MISMATCH: _ClassVar[ErrorCode]
     DISK_FULL: _ClassVar[ErrorCode]
     PINNED: _ClassVar[ErrorCode]
+    INTERNAL: _ClassVar[ErrorCode]
 
 class PushOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +53,7 @@ UNAVAILABLE: ErrorCode
 RUN_MISMATCH: ErrorCode
 DISK_FULL: ErrorCode
 PINNED: ErrorCode
+INTERNAL: ErrorCode
 PUSH_OUTCOME_UNSPECIFIED: PushOutcome
 ACCEPTED: PushOutcome
 DUPLICATE: PushOutcome
@@ -179,16 +181,18 @@ class CommitReply(_message.Message):
     def __init__(self) -> None: ...
 
 class BeginRunRequest(_message.Message):
-    __slots__ = ("run", "attempt", "workers", "tables")
+    __slots__ = ("run", "attempt", "workers", "tables", "token")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     workers: int
     tables: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., workers: _Optional[int] = ..., tables: _Optional[_Iterable[str]] = ...) -> None: ...
+    token: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., workers: _Optional[int] = ..., tables: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRunReply(_message.Message):
     __slots__ = ("step",)
@@ -349,18 +353,20 @@ class SettleCheckpointReply(_message.Message):
     def __init__(self) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("folder", "name", "tables", "attempt", "wait")
+    __slots__ = ("folder", "name", "tables", "attempt", "wait", "token")
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     folder: str
     name: str
     tables: _containers.RepeatedScalarFieldContainer[str]
     attempt: int
     wait: float
-    def __init__(self, folder: _Optional[str] = ..., name: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., wait: _Optional[float] = ...) -> None: ...
+    token: str
+    def __init__(self, folder: _Optional[str] = ..., name: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., wait: _Optional[float] = ..., token: _Optional[str] = ...) -> None: ...
 
 class RestoreReply(_message.Message):
     __slots__ = ("rows",)

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class MemoryServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """A message of any method may have 1 MiB, but for lookups, pushes, loads and placements. A call beyond what a shard serves and
+    lets wait of its kind: Error UNAVAILABLE.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -107,7 +109,9 @@ class MemoryServiceStub(object):
 
 
 class MemoryServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """A message of any method may have 1 MiB, but for lookups, pushes, loads and placements. A call beyond what a shard serves and
+    lets wait of its kind: Error UNAVAILABLE.
+    """
 
     def Lookup(self, request_iterator, context):
         """One long-lived stream per client and purpose. Requests are numbered by the client, several may be in
@@ -294,7 +298,9 @@ def add_MemoryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MemoryService(object):
-    """Missing associated documentation comment in .proto file."""
+    """A message of any method may have 1 MiB, but for lookups, pushes, loads and placements. A call beyond what a shard serves and
+    lets wait of its kind: Error UNAVAILABLE.
+    """
 
     @staticmethod
     def Lookup(request_iterator,

@@ -7,6 +7,7 @@ with MemoryClient("file:/run/engrid") as memory:
 """
 
 from .admin import create_tables, drop_tables, export_partition, load_partition, spread_placement
+from .attempts import Attempt, claim_attempt
 from .batch import Lookup, RowLookup
 from .client import MemoryClient
 from .config import ClientConfig
@@ -16,6 +17,7 @@ from .training import TrainingRun
 from .versions import prune_versions, publish_version, rollback_version
 
 __all__ = [
+    "Attempt",
     "ClientConfig",
     "Lookup",
     "MemoryClient",
@@ -24,6 +26,7 @@ __all__ = [
     "RowLookup",
     "Traffic",
     "TrainingRun",
+    "claim_attempt",
     "create_tables",
     "drop_tables",
     "export_partition",

@@ -15,6 +15,7 @@ import grpc
 
 from engrid.directory import EMPTY_PLACEMENT, Directory, Placement, with_shards, with_tables, without_tables
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError, from_rpc
+from engrid.rpc.forks import check_not_forked
 from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
@@ -22,23 +23,56 @@ from .client import MemoryClient
 
 
 def create_tables(
-    client: MemoryClient, specs: Sequence[TableSpec], *, partitions_per_shard: int = 1, replace: bool = False
+    client: MemoryClient,
+    specs: Sequence[TableSpec],
+    *,
+    partitions_per_shard: int = 1,
+    replace: bool = False,
+    exist_ok: bool = False,
 ) -> Placement:
     """Makes tables over all shards registered and returns the placement that holds them.
 
-    replace: drop tables of the same names first; otherwise an existing one is refused. Raises
-    OutOfMemoryError before anything is allocated, EpochConflictError where someone else changed the placement.
+    replace: drop tables of the same names first. exist_ok: keep those that are there with the same spec, rows and all.
+    Otherwise an existing table is refused. Raises BadRequestError, OutOfMemoryError before anything is allocated,
+    EpochConflictError where someone else changed the placement.
     """
+    if replace and exist_ok:
+        raise BadRequestError("replace drops the tables that are there, exist_ok keeps them; give one of the two")
+    if partitions_per_shard < 1:
+        raise BadRequestError(f"partitions_per_shard is {partitions_per_shard}; give at least 1")
+    names = [spec.name for spec in specs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadRequestError(f"table {', '.join(twice)} is given twice")
     directory = directory_of(client)
     before = current(directory)
-    existing = sorted({spec.name for spec in specs} & before.tables.keys())
+    existing = sorted(set(names) & before.tables.keys())
+    if exist_ok:
+        for spec in specs:
+            _check_same(spec, before.tables.get(spec.name))
+        specs, existing = [spec for spec in specs if spec.name not in existing], []
+        if not specs:
+            client.connections.refresh()
+            return client.placement
     if existing and not replace:
-        raise BadRequestError(f"table {', '.join(existing)} exists; drop it first, or replace it")
+        raise BadRequestError(
+            f"table {', '.join(existing)} exists; keep it (exist_ok=True), replace it (replace=True), or drop it first"
+        )
     after = with_tables(without_tables(before, existing), specs, partitions_per_shard=partitions_per_shard)
     _check(client, after)
     # Dropped in an epoch of its own: a table of the same spec in the next would be taken for the one that is there.
     drop_tables(client, existing)
     return change(client, current(directory), after)
+
+
+def _check_same(wanted: TableSpec, there: TableSpec | None) -> None:
+    if there is None or there == wanted:
+        return
+    ours, theirs = wanted.to_json(), there.to_json()
+    different = [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    raise BadRequestError(
+        f"table {wanted.name} exists with {'; '.join(different)}; use that, replace the table (replace=True), or give "
+        "another name"
+    )
 
 
 def drop_tables(client: MemoryClient, names: Iterable[str]) -> None:
@@ -70,6 +104,7 @@ def directory_of(client: MemoryClient) -> Directory:
     """Where placements are published; raises BadRequestError where the client was opened without it."""
     if client.connections.directory is None:
         raise BadRequestError("a client opened by a shard's address cannot change tables; open it by the directory")
+    check_not_forked()
     return client.connections.directory
 
 

@@ -17,6 +17,8 @@ from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.rpc.frames import Bytes, Ids, row_view
 from engrid.tables import TableSpec
 
+from .arrays import as_ids
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -43,12 +45,29 @@ class Lookup(Protocol):
 
 @dataclass(frozen=True)
 class RowLookup:
-    """A Lookup made of its parts."""
+    """A Lookup made of its parts. Ids and keys may be lists or arrays of any integers: prefetch makes them int64."""
 
     table: str
     row_ids: Ids
     keys: Ids | None = None
     order: int = 0
+
+
+def own(lookup: Lookup) -> RowLookup:
+    """The lookup with ids and keys as int64 arrays, maybe the caller's very own: whoever keeps them copies them.
+
+    Raises BadRequestError for what are no whole numbers, RowOutOfRangeError for numbers beyond int64.
+    """
+    name = f"table {lookup.table}: "
+    if not isinstance(lookup.table, str):
+        raise BadRequestError(f"table {lookup.table!r}: give the name of a table")
+    ids = as_ids(lookup.row_ids, name + "row ids", 2)
+    if ids.shape[1] == 0:
+        raise BadRequestError(f"{name}row ids must be [positions, heads], not {list(ids.shape)}")
+    keys = None if lookup.keys is None else as_ids(lookup.keys, name + "keys", 1)
+    if keys is not None and keys.shape != ids.shape[:1]:
+        raise BadRequestError(f"{name}keys must be int64 [{len(ids)}], one per position")
+    return RowLookup(lookup.table, ids, keys, lookup.order)
 
 
 @dataclass(frozen=True)
@@ -140,7 +159,8 @@ def _dedup(lookup: Lookup, start: int) -> tuple[_Order, Ids]:
         ids = ids[where]
         keys = keys[where] if keys is not None else None
     if keys is None:
-        return _Order(where, None, start, len(ids), heads), ids.reshape(-1)
+        ids = ids.reshape(-1) if where is not None else ids.flatten()  # a copy either way
+        return _Order(where, None, start, len(lookup.row_ids) if where is None else len(where), heads), ids
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return _Order(where, inverse, start, len(first), heads), ids[first].reshape(-1)
 
@@ -167,23 +187,11 @@ def check_range(spec: TableSpec, ids: Ids) -> None:
 
 
 def check_lookups(lookups: Sequence[Lookup]) -> int:
-    """The number of positions. Raises BadRequestError where arrays have a wrong type or shape, or differ in it."""
+    """The number of positions. Raises BadRequestError where the lookups of a table differ in it."""
     positions = len(lookups[0].row_ids)
     for lookup in lookups:
-        _check_arrays(lookup)
         if len(lookup.row_ids) != positions:
             raise BadRequestError(
                 f"table {lookup.table}: lookups of {positions} and {len(lookup.row_ids)} positions in one batch"
             )
     return positions
-
-
-def _check_arrays(lookup: Lookup) -> None:
-    ids, keys = lookup.row_ids, lookup.keys
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int64:
-        kind = ids.dtype if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise BadRequestError(f"table {lookup.table}: row ids must be a numpy array of int64, not {kind}")
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise BadRequestError(f"table {lookup.table}: row ids must be [positions, heads], not {list(ids.shape)}")
-    if keys is not None and (not isinstance(keys, np.ndarray) or keys.dtype != np.int64 or keys.shape != ids.shape[:1]):
-        raise BadRequestError(f"table {lookup.table}: keys must be int64 [{len(ids)}], one per position")

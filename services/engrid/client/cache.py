@@ -42,6 +42,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
@@ -212,10 +213,21 @@ class KeyCache:
             known = np.arange(len(tags_M))
             if any(tag not in self._counts for tag in plan.tags):
                 known = np.flatnonzero(np.isin(tags_M, list(self._counts)))
-            chosen, entries, before = self._engine.admit(
-                self._sets, plan.keys_M[known], tags_M[known], plan.estimates_M[known], plan.number, min(self._living())
-            )
-            row_view(self._slab)[entries] = row_view(plan.staging)[known[chosen]]
+            try:
+                chosen, entries, before = self._engine.admit(
+                    self._sets,
+                    plan.keys_M[known],
+                    tags_M[known],
+                    plan.estimates_M[known],
+                    plan.number,
+                    min(self._living()),
+                )
+                row_view(self._slab)[entries] = row_view(plan.staging)[known[chosen]]
+            except BaseException:
+                # Ctrl-C: entries may be given to keys whose rows have not come. What they hold is not known any more.
+                for tag in self._counts:
+                    self._sets.free(tag)
+                raise
             for tag, counts in self._counts.items():
                 counts.insertions += int(np.count_nonzero(tags_M[known[chosen]] == tag))
                 counts.evictions += int(np.count_nonzero(before == tag))
@@ -336,6 +348,12 @@ def _engine(name: Literal["auto", "numba", "numpy"]) -> Engine:
         raise ValueError("numba is not installed: pip install 'engrid[fast]', or take engine numpy")
     if name == "numpy" or not installed:
         return NumpyEngine()
+    # Ctrl-C in the middle of an import leaves half a module behind; no signal reaches another thread.
+    with ThreadPoolExecutor(1, "engrid numba") as thread:
+        return thread.submit(_numba_engine).result()
+
+
+def _numba_engine() -> Engine:
     from .cache_numba import NumbaEngine
 
     return NumbaEngine()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engrid.rpc.errors import CancelledError
 from engrid.rpc.frames import Bytes
 from engrid.tables import TableSpec
 
@@ -89,6 +90,10 @@ class CachedBatch:
         return self.positions, self._heads, self.spec.row_bytes
 
     def spread(self, out: Bytes) -> Bytes:
+        if self._plan.closed:
+            raise CancelledError(
+                f"rows of table {self.spec.name} were placed before, and are kept no longer; prefetch again"
+            )
         self._plan.take(out)
         self._cache.admit(self._plan)
         self._plan.close()

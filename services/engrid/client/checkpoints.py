@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
+from engrid.directory import DirectoryError, FileDirectory
 from engrid.rpc.errors import BadRequestError, EngridError, from_rpc
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
@@ -31,6 +32,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
 from .admin import create_tables, current, directory_of, spread_placement
+from .attempts import Attempt
 from .client import MemoryClient
 from .transport import GrpcTransport
 
@@ -60,6 +62,7 @@ class CheckpointSave:
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
         self._specs = {table: client.connections.table(table)[0] for table in tables}
+        _allow(client, self.folder)
         self._checkpoints = Checkpoints(LocalDisk(self.folder))
         self.partial = self._checkpoints.begin(self.name, uuid.uuid4().hex[:12])
         request = pb.CheckpointRequest(
@@ -124,24 +127,27 @@ class CheckpointSave:
         request = pb.SettleCheckpointRequest(partial=self.partial, published=published)
         for transport in self._transports:
             # Who does not hear of it saves more the next time.
-            with suppress(grpc.RpcError):
+            with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
                 transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
 
 
-def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: int) -> None:
+def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: Attempt | int) -> None:
     """Makes the live tables of a checkpoint what they were, rows and optimizer state, over all shards there are now.
 
     Tables that are not there, or lie on other shards than those registered now, are made anew; live ones of another spec
-    are replaced. attempt: the one that goes on from here; older ones are fenced. Raises what any shard answers: its
-    partitions serve nothing then.
+    are replaced. attempt: the one that goes on from here, a bare number being for whoever begins it first; older ones
+    are fenced. Raises what any shard answers: its partitions serve nothing then.
     """
+    _allow(client, folder)
+    number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
         folder=str(folder.resolve()),
         name=manifest.name,
         tables=tables,
-        attempt=attempt,
+        attempt=number,
+        token=token,
         wait=client.config.push_timeout,
     )
     timeout = client.config.checkpoint_timeout
@@ -163,14 +169,13 @@ def _make(client: MemoryClient, specs: Mapping[str, TableSpec]) -> None:
         create_tables(client, list(specs.values()), replace=True)
 
 
-def newest_attempt(client: MemoryClient, run: str) -> int:
-    """The newest attempt of a run that any shard has seen; 0 where none knows the run. Shards that are away know none."""
-    newest = 0
+def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:
+    """What the shards registered now say of themselves; those that are away say nothing."""
+    replies = []
     for address in current(directory_of(client)).shards.values():
         with client.connections.unary(address) as stub, suppress(grpc.RpcError):
-            reply = stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout)
-            newest = max([newest, *(state.attempt for state in reply.partitions if state.run == run)])
-    return newest
+            replies.append(stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout))
+    return replies
 
 
 def live_states(client: MemoryClient) -> list[pb.PartitionState]:
@@ -184,11 +189,29 @@ def live_states(client: MemoryClient) -> list[pb.PartitionState]:
     return [state for reply in replies for state in reply.partitions if "@" not in state.table]
 
 
+def check_replaces(client: MemoryClient, names: Collection[str], run: str) -> None:
+    """Raises BadRequestError where live tables of these names hold steps of another run than `run`: they would be lost.
+
+    Shards that are away hold none.
+    """
+    found = [state for reply in _descriptions(client) for state in reply.partitions]
+    states = [each for each in found if each.table in names and each.step and each.run != run]
+    others = {state.run: state.step for state in states}
+    if others:
+        theirs = ", ".join(f"{other or 'another'} (step {step})" for other, step in sorted(others.items()))
+        raise BadRequestError(
+            f"the live tables {', '.join(sorted({state.table for state in states}))} hold rows of run {theirs}, which would be "
+            "lost. Save them first (engrid checkpoint save), go on with that run (engrid train --resume with its --out), give "
+            "this run another name (--run), or give them up with --replace"
+        )
+
+
 def check_folder(client: MemoryClient, folder: Path) -> None:
     """Raises BadRequestError, naming the shard, where one does not read and write the very directory that we do.
 
     Raises OSError where we cannot write it ourselves.
     """
+    _allow(client, folder)
     disk = LocalDisk(folder.resolve())
     file, content = f".shared-{uuid.uuid4().hex}", uuid.uuid4().bytes
     written = disk.create(file)
@@ -211,6 +234,14 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
         for name in disk.names(""):
             if name.startswith(file):
                 disk.remove(name)
+
+
+def _allow(client: MemoryClient, folder: Path) -> None:
+    """Tells shards of this host and user that they may use the folder. Others have to be started with it."""
+    directory = client.connections.directory
+    if isinstance(directory, FileDirectory):
+        with suppress(DirectoryError, OSError):  # whether a shard may use it is the shard's to say
+            directory.allow_folder(folder)
 
 
 def _holders(client: MemoryClient, tables: Sequence[str]) -> list[GrpcTransport]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from types import TracebackType
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
 
 from engrid.directory import Placement
 from engrid.rpc.errors import BadRequestError
-from engrid.rpc.frames import Bytes, Ids
-from engrid.tables import TableSpec
+from engrid.rpc.forks import check_not_forked, is_forked
+from engrid.rpc.frames import Bytes, Floats
+from engrid.tables import TableSpec, decode_rows
 
-from .batch import Batch, Lookup, RowLookup, TableBatch
+from .arrays import IdsLike, as_ids
+from .batch import Batch, Lookup, RowLookup, TableBatch, own
 from .cached import Caches
-from .config import ClientConfig
+from .config import MOST_SECONDS, ClientConfig
 from .connections import Connections
 from .pending import Pending, Traffic
 from .pins import Pins
@@ -31,6 +38,8 @@ class MemoryClient:
         Raises ValueError for what is none of them, DirectoryError or ShardUnavailableError where the source cannot be read.
         """
         self.config = config or ClientConfig()
+        self.identity = uuid.uuid4().hex
+        """No other client has it."""
         self.connections = Connections(source, self.config)
         self.traffic = Traffic()
         """Since it was opened."""
@@ -50,7 +59,10 @@ class MemoryClient:
         self.close()
 
     def close(self) -> None:
-        """Closes all connections and lets go of what was pinned; lookups under way fail."""
+        """Closes all connections and lets go of what was pinned; lookups and pushes under way fail. In a forked child,
+        where none of it works, nothing."""
+        if is_forked():
+            return
         self.pins.close()
         self.connections.close()
 
@@ -74,26 +86,36 @@ class MemoryClient:
         output, in the order given. step: the training step that must have been applied to the rows read. run: identity
         of the run whose result they must be, else RunMismatchError; empty for any. A sealed table (NAME@VERSION) has
         neither, as its name says what its rows are.
-        timeout: seconds from now until `rows` must have them. traffic: counts to add to, beside the client's. Raises BadRequestError, UnknownTableError and
-        RowOutOfRangeError before anything is sent.
+        timeout: seconds from now until `rows` must have them, all that is asked on the way included. traffic: counts to
+        add to, beside the client's. Ids and keys may be lists or arrays of any integers; what is done to them afterwards
+        changes nothing. Raises BadRequestError, UnknownTableError and RowOutOfRangeError before anything is sent.
         """
-        deadline = time.monotonic() + (self.config.timeout if timeout is None else timeout)
+        check_not_forked()
+        deadline = time.monotonic() + self._seconds(timeout)
+        _check_step(step)
         by_table: dict[str, list[Lookup]] = {}
         for lookup in lookups:
-            by_table.setdefault(lookup.table, []).append(lookup)
+            by_table.setdefault(lookup.table, []).append(own(lookup))
         batches: dict[str, Batch] = {}
         for table, of_table in by_table.items():
-            spec, _ = self.connections.table(table)
+            spec, _ = self.connections.table(table, deadline)
             if spec.version and (step or run):
                 raise BadRequestError(f"table {table} is sealed: it has no step and no run to ask for")
-            batches[table] = self._batch(spec, of_table)
+            batches[table] = self._batch(spec, of_table, deadline)
             batches[table].check_range()
         counts = [self.traffic] if traffic is None else [self.traffic, traffic]
         return Pending(self.connections, batches, Wanted(step, run, deadline), counts)
 
-    def _batch(self, spec: TableSpec, lookups: Sequence[Lookup]) -> Batch:
+    def _seconds(self, timeout: float | None) -> float:
+        if timeout is None:
+            return self.config.timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= MOST_SECONDS:
+            raise BadRequestError(f"timeout {timeout!r}: give seconds from 0 to {MOST_SECONDS:.0f}")
+        return timeout
+
+    def _batch(self, spec: TableSpec, lookups: Sequence[Lookup], deadline: float) -> Batch:
         """The nearest way to the rows: memory of this host, else the cache, else the wire alone."""
-        if spec.version and self.config.shared_memory and (shared := self.shared.table(spec)) is not None:
+        if spec.version and self.config.shared_memory and (shared := self.shared.table(spec, deadline)) is not None:
             return SharedBatch(shared, lookups)
         return self.caches.batch(spec, lookups) or TableBatch(spec, lookups)
 
@@ -102,9 +124,37 @@ class MemoryClient:
         self.shared.forget(tables)
         self.caches.forget(tables)
 
-    def lookup(self, table: str, row_ids: Ids, *, step: int = 0, timeout: float | None = None) -> Bytes:
-        """Rows of int64 ids [n] -> uint8 [n, row_bytes], waited for."""
-        if row_ids.ndim != 1:
-            raise BadRequestError(f"table {table}: row ids must be [n], not {list(row_ids.shape)}; see prefetch")
-        pending = self.prefetch([RowLookup(table, row_ids[:, None])], step=step, timeout=timeout)
-        return pending.rows(table)[:, 0]
+    @overload
+    def lookup(
+        self, table: str, row_ids: IdsLike, *, step: int = 0, timeout: float | None = None, dtype: None = None
+    ) -> Bytes: ...
+
+    @overload
+    def lookup(
+        self, table: str, row_ids: IdsLike, *, step: int = 0, timeout: float | None = None, dtype: npt.DTypeLike
+    ) -> Floats: ...
+
+    def lookup(
+        self,
+        table: str,
+        row_ids: IdsLike,
+        *,
+        step: int = 0,
+        timeout: float | None = None,
+        dtype: npt.DTypeLike | None = None,
+    ) -> Bytes | Floats:
+        """Rows of ids [n], waited for: uint8 [n, row_bytes], or with dtype=np.float32 their values [n, width]."""
+        if dtype is not None and np.dtype(dtype) != np.float32:
+            raise BadRequestError(f"table {table}: rows are read as bytes (dtype=None) or as float32, not as {dtype}")
+        ids = as_ids(row_ids, f"table {table}: row ids", 1)
+        pending = self.prefetch([RowLookup(table, ids[:, None])], step=step, timeout=timeout)
+        raw = pending.rows(table)[:, 0]
+        if dtype is None:
+            return raw
+        spec, _ = self.connections.table(table)
+        return decode_rows(raw, spec.row_format, spec.width)
+
+
+def _check_step(step: int) -> None:
+    if not isinstance(step, int | np.integer) or isinstance(step, bool) or not 0 <= step < 2**63:
+        raise BadRequestError(f"step {step!r}: give the step that must have been applied, or 0 for whatever is there")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_SECONDS = 1e7
+"""Longest that anything may be waited for, some months: a lock's clock ends, and so does the wire's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClientConfig:
@@ -30,8 +33,8 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         for name in ("timeout", "push_timeout", "admin_timeout", "begin_timeout", "checkpoint_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: give a positive number of seconds, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= MOST_SECONDS:  # nor NaN
+                raise ValueError(f"{name} is {getattr(self, name)}; give seconds above 0, up to {MOST_SECONDS:.0f}")
         if self.request_bytes < 1 or self.max_in_flight < 1:
             raise ValueError("request_bytes and max_in_flight must be at least 1")
         if self.cache_bytes < 0:

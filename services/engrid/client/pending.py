@@ -6,12 +6,14 @@ are copied into the tables' buffers by the transport's threads as they come.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engrid.rpc.errors import BadRequestError, WrongEpochError
+from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError
+from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.rpc.frames import Bytes, row_view
 from engrid.tables import TableSpec
 
@@ -41,6 +43,16 @@ def new_buffer(shape: tuple[int, int, int]) -> Bytes:
 _Part = tuple[Batch, Piece]
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A request under way to one shard, and by what it was routed."""
+
+    call: Call
+    parts: list[_Part]
+    epoch: int
+    address: str
+
+
 class Pending:
     """Made by MemoryClient.prefetch. Ask for the rows once per table, from one thread."""
 
@@ -56,95 +68,118 @@ class Pending:
         self._batches = batches
         self._wanted = wanted
         self._traffic = traffic
-        self._failed: BaseException | None = None
+        self._failed: EngridError | None = None
+        self._sent: list[_Sent] = []
+        """Under way; what is answered is taken out once its rows are in place."""
+        self._stale: list[_Part] = []
+        """To be sent once more, as who was asked does not hold them or is away."""
         self.step = 0
         """Once rows were waited for: all live ones hold this step. 0: none came."""
         here = sum(batch.here for batch in batches.values())
         for each in traffic:
             each.here += here
-        self._sent = self._send([(batch, Piece("", slice(0, len(batch.ids)), batch.ids)) for batch in batches.values()])
+        try:
+            self._send([(batch, Piece("", slice(0, len(batch.ids)), batch.ids)) for batch in batches.values()])
+        except BaseException:
+            self.cancel()
+            raise
 
     def rows(self, table: str, buffer: Callable[[tuple[int, int, int]], Bytes] = new_buffer) -> Bytes:
         """uint8 [T, heads of all orders, row_bytes] of a table of the batch; dead positions are zeros.
 
-        buffer: gives the array to put them in, uint8 and C-contiguous, for a shape. Raises DeadlineExceededError or ShardUnavailableError naming the shard, or what the shard answered; of every
-        table, once it has failed.
+        buffer: gives the array to put them in, uint8 and C-contiguous, for a shape. Raises DeadlineExceededError or
+        ShardUnavailableError naming the shard, or what the shard answered; of every table, once it has failed. Where
+        Ctrl-C interrupts it, it may be called again.
         """
+        check_not_forked()
         if table not in self._batches:
             raise BadRequestError(f"table {table!r} was not in this prefetch ({', '.join(self._batches) or 'empty'})")
         if self._failed is not None:
             raise self._failed
         try:
             self._wait()
-        except BaseException as error:
+        except EngridError as error:
             self._failed = error
+            self.cancel()
             raise
         batch = self._batches[table]
         return batch.spread(buffer(batch.shape))
 
     def cancel(self) -> None:
-        """Gives up what is still under way."""
-        for call, _ in self._sent:
-            call.cancel()
+        """Gives up what is still under way; again is nothing."""
+        if not is_forked():
+            for sent in self._sent:
+                sent.call.cancel()
 
     def _wait(self) -> None:
-        sent, self._sent = self._sent, []
-        stale: list[_Part] = []
-        for position, (call, parts) in enumerate(sent):
-            try:
-                call.wait()
-                self.step = min(self.step or call.step, call.step)
-            except WrongEpochError:
-                stale.extend(parts)
-            except BaseException:
-                for rest, _ in sent[position + 1 :]:
-                    rest.cancel()
-                raise
-        if stale:
-            self._send_again(stale)
+        """Every step can be taken again: it may be interrupted anywhere."""
+        while self._sent or self._stale:
+            while self._sent:
+                self._wait_for(self._sent[0])
+                self._sent.pop(0)
+            if self._stale:
+                self._send_again()
 
-    def _send_again(self, stale: Sequence[_Part]) -> None:
-        before = self._connections.epoch
-        self._connections.refresh()
-        if self._connections.epoch == before:
-            shards = ", ".join(sorted({piece.shard for _, piece in stale}))
+    def _wait_for(self, sent: _Sent) -> None:
+        try:
+            sent.call.wait()
+            self.step = min(self.step or sent.call.step, sent.call.step)
+        except (WrongEpochError, ShardUnavailableError) as error:
+            if not self._is_outdated(sent, error):
+                raise
+            self._stale.extend(sent.parts)
+
+    def _is_outdated(self, sent: _Sent, error: EngridError) -> bool:
+        """Whether the shard has moved since, being started again at another address, or a newer placement is known."""
+        shard, moved = sent.parts[0][1].shard, isinstance(error, WrongEpochError)
+
+        def outdated() -> bool:
+            newer = moved and self._connections.epoch > sent.epoch
+            return newer or self._connections.address(shard) != sent.address
+
+        if not outdated():
+            self._connections.refresh(self._wanted.deadline)
+        if moved and not outdated():
             raise WrongEpochError(
-                f"shard {shards} does not hold rows that the newest placement known (epoch {before}) gives it",
-                epoch=before,
-            )
-        for batch, _ in stale:
+                f"shard {shard} does not hold rows that the newest placement known (epoch {sent.epoch}) gives it",
+                epoch=sent.epoch,
+            ) from error
+        return outdated()
+
+    def _send_again(self) -> None:
+        for batch, _ in self._stale:
             self._check_same_table(batch.spec)
-        self._sent = self._send(stale)
-        self._wait()
+        self._send(self._stale)
+        self._stale = []
 
     def _check_same_table(self, spec: TableSpec) -> None:
         """Row ids of another table of the same name would be answered with rows that mean nothing."""
-        newest, _ = self._connections.table(spec.name)
+        newest, _ = self._connections.table(spec.name, self._wanted.deadline)
         if newest != spec:
             raise WrongEpochError(
                 f"table {spec.name} was replaced by one of another spec while it was read; hash the ids anew",
                 epoch=self._connections.epoch,
             )
 
-    def _send(self, parts: Sequence[_Part]) -> list[tuple[Call, list[_Part]]]:
+    def _send(self, parts: Sequence[_Part]) -> None:
+        owner = weakref.ref(self)
         by_shard: dict[str, list[_Part]] = {}
         for batch, whole in parts:
-            _, route = self._connections.table(batch.spec.name)
+            _, route = self._connections.table(batch.spec.name, self._wanted.deadline)
             for piece in route.split(whole.ids):
                 by_shard.setdefault(piece.shard, []).append((batch, _within(whole, piece)))
-        sent = []
         for shard, of_shard in by_shard.items():
-            transport = self._connections.transport(shard)
+            epoch, transport = self._connections.epoch, self._connections.transport(shard)
             for request in _requests(of_shard, self._connections.config.request_bytes):
                 call = transport.lookup(
                     [(batch.spec.name, piece.ids, batch.spec.row_bytes) for batch, piece in request],
                     self._wanted,
-                    epoch=self._connections.epoch,
+                    epoch=epoch,
                     deliver=_Placer(request),
                 )
-                sent.append((call, request))
+                call.owner = owner
+                self._sent.append(_Sent(call, request, epoch, transport.address))
                 self._count(request)
-        return sent
 
     def _count(self, request: Sequence[_Part]) -> None:
         for traffic in self._traffic:

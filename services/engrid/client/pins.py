@@ -16,6 +16,7 @@ import grpc
 
 from engrid.directory import Version
 from engrid.rpc.errors import EngridError, UnknownTableError, from_rpc
+from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.v1 import memory_pb2 as pb
 
 from .connections import Connections
@@ -54,18 +55,21 @@ class Pins:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._renewer: threading.Thread | None = None
+        self.trouble: Exception | None = None
+        """Why the leases could not be renewed when it was last tried; None: they were."""
 
     def of_tables(self, version: Version) -> Pin:
         """Pins tables by name, be they there or still to be made.
 
         A shard that is away learns of it when it is back; one other is enough to keep the tables from being dropped.
         """
+        check_not_forked()
         pin = Pin(self, version)
         with self._lock:
             self._held.append(pin)
             with suppress(EngridError):
                 self._renew()
-            if self._renewer is None:
+            if self._renewer is None or not self._renewer.is_alive():
                 self._renewer = threading.Thread(target=self._keep, name="engrid pins", daemon=True)
                 self._renewer.start()
         return pin
@@ -91,6 +95,8 @@ class Pins:
 
     def release(self, pin: Pin) -> None:
         """See Pin.release."""
+        if is_forked():
+            return
         with self._lock:
             if pin in self._held:
                 self._held.remove(pin)
@@ -100,6 +106,8 @@ class Pins:
     def close(self) -> None:
         """Lets go of everything."""
         self._closed.set()
+        if is_forked():
+            return
         with self._lock:
             if self._held:
                 self._held = []
@@ -107,9 +115,16 @@ class Pins:
                     self._renew()
 
     def _keep(self) -> None:
+        """Goes on whatever happens: a shard that is away has its lease renewed when it is back, and what nobody thought of
+        must not let all leases run out."""
         while not self._closed.wait(RENEW_SECONDS):
-            with self._lock, suppress(EngridError):  # a shard that is away has its lease renewed when it is back
-                self._renew()
+            try:
+                with self._lock:
+                    self._renew()
+            except Exception as error:  # noqa: BLE001 - told by `trouble`, and tried again
+                self.trouble = error
+            else:
+                self.trouble = None
 
     def _renew(self) -> None:
         """Tells every shard what is held, all at once; raises for the first that does not answer."""
@@ -119,7 +134,7 @@ class Pins:
         request = pb.PinRequest(reader=self._reader, tables=tables, seconds=LEASE_SECONDS if tables else 0.0)
         timeout = self._connections.config.timeout
         transports = [self._connections.transport(shard) for shard in self._connections.placement().shards]
-        calls = [(each, each.stub.Pin.future(request, timeout=timeout)) for each in transports]
+        calls = [(each, each.future(lambda stub: stub.Pin, request, timeout)) for each in transports]
         errors = []
         for transport, call in calls:
             try:
@@ -134,10 +149,5 @@ def tables_held(connections: Connections) -> set[str]:
     """Sealed tables that any reader has pinned, as all shards say now."""
     held: set[str] = set()
     for shard in connections.placement().shards:
-        transport = connections.transport(shard)
-        try:
-            reply = transport.stub.Describe(pb.DescribeRequest(), timeout=connections.config.timeout)
-        except grpc.RpcError as error:
-            raise from_rpc(error, transport.peer) from error
-        held |= set(reply.pinned)
+        held |= set(connections.describe(shard).pinned)
     return held

@@ -26,11 +26,10 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grpc
 import numpy as np
 
 from engrid.directory import Partition
-from engrid.rpc.errors import EngridError, from_message, from_rpc
+from engrid.rpc.errors import EngridError, from_message
 from engrid.rpc.frames import Bytes, Ids, row_view
 from engrid.rpc.handover import MAX_LINE, read_line
 from engrid.rpc.mapping import HUGE_PAGE, map_file, reserve, unmap
@@ -108,19 +107,27 @@ class SharedTables:
         self._known: dict[TableSpec, SharedTable | _Refused] = {}
         self._lock = threading.Lock()
 
-    def table(self, spec: TableSpec) -> SharedTable | None:
-        """A sealed table as mapped, on first use; None: read it over gRPC."""
+    def table(self, spec: TableSpec, deadline: float) -> SharedTable | None:
+        """A sealed table as mapped, on first use; None: read it over gRPC.
+
+        deadline: on time.monotonic()'s clock, of the lookup that wants it; half of its time is left for the lookup.
+        """
         known = self._known.get(spec)
         if isinstance(known, SharedTable):
             return known
         if known is not None and time.monotonic() < known.until:
             return None
-        with self._lock:
+        deadline -= (deadline - time.monotonic()) / 2
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return None  # another thread is mapping a table
+        try:
             try:
-                made: SharedTable | _Refused = self._open(spec)
+                made: SharedTable | _Refused = self._open(spec, deadline)
             except (CannotMapError, EngridError, OSError, ValueError) as error:
                 made = _Refused(str(error), time.monotonic() + RETRY_SECONDS)
             self._known[spec] = made
+        finally:
+            self._lock.release()
         return made if isinstance(made, SharedTable) else None
 
     def reason(self, table: str) -> str:
@@ -135,38 +142,43 @@ class SharedTables:
         with self._lock:
             self._known = {spec: known for spec, known in self._known.items() if spec.name not in tables}
 
-    def _open(self, spec: TableSpec) -> SharedTable:
+    def _open(self, spec: TableSpec, deadline: float) -> SharedTable:
         known = self._known.get(spec)
         if isinstance(known, SharedTable):
             return known
         partitions = self._connections.placement().partitions[spec.name]
-        sockets = {shard: self._socket_of(shard) for shard in {part.primary for part in partitions}}
+        sockets = {shard: self._socket_of(shard, deadline) for shard in {part.primary for part in partitions}}
         descriptors: list[int] = []
         try:
-            descriptors.extend(_receive(*sockets[part.primary], part) for part in partitions)
+            descriptors.extend(_receive(*sockets[part.primary], part, deadline) for part in partitions)
             return SharedTable(spec, partitions, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _socket_of(self, shard: str) -> tuple[str, str]:
+    def _socket_of(self, shard: str, deadline: float) -> tuple[str, str]:
         """Path of a shard's socket, and its instance."""
-        transport = self._connections.transport(shard)
-        try:
-            reply = transport.stub.Describe(pb.DescribeRequest(), timeout=self._connections.config.timeout)
-        except grpc.RpcError as error:
-            raise from_rpc(error, transport.peer) from error
+        peer = self._connections.transport(shard).peer
+        reply = self._connections.describe(shard, _left(deadline, self._connections.config.timeout))
         if not reply.local_socket:
-            raise CannotMapError(f"{transport.peer} hands nothing over")
+            raise CannotMapError(f"{peer} hands nothing over")
         if not os.path.exists(reply.local_socket):  # noqa: PTH110 - a socket's path is text on both sides
-            raise CannotMapError(f"{transport.peer} is not on this host: there is no {reply.local_socket}")
+            raise CannotMapError(f"{peer} is not on this host: there is no {reply.local_socket}")
         return reply.local_socket, reply.instance
 
 
-def _receive(path: str, instance: str, part: Partition) -> int:
+def _left(deadline: float, most: float) -> float:
+    """Seconds, above zero; raises CannotMapError where none are left."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise CannotMapError("the lookup's time did not suffice to map it")
+    return min(left, most)
+
+
+def _receive(path: str, instance: str, part: Partition, deadline: float) -> int:
     """The descriptor of a partition's rows, from the shard at the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as shard:
-        shard.settimeout(HANDOVER_SECONDS)
+        shard.settimeout(_left(deadline, HANDOVER_SECONDS))
         shard.connect(path)
         asked = {"instance": instance, "table": part.table, "partition": part.index}
         shard.sendall(json.dumps(asked).encode() + b"\n")
@@ -202,8 +214,8 @@ class SharedBatch:
         self.rows: Bytes = np.empty((0, table.spec.row_bytes), np.uint8)
         self._table = table
         check_lookups(lookups)
-        row_ids = [lookup.row_ids for lookup in lookups]
-        self._ids = np.ascontiguousarray(row_ids[0]) if len(row_ids) == 1 else np.concatenate(row_ids, axis=1)
+        # A copy: the caller may write to its own while these are waiting to be read.
+        self._ids = np.concatenate([lookup.row_ids for lookup in lookups], axis=1)
         self.here = self._ids.size
         self._dead = any(living(lookup) is not None for lookup in lookups)
 

@@ -55,8 +55,11 @@ def prune_versions(client: MemoryClient, run: str) -> list[str]:
     if not client.connections.epoch:
         return []
     placement = client.placement
-    kept = {table for version in placement.versions.get(run, ())[-KEEP:] for table in version.tables}
-    of_run = {name for name, spec in placement.tables.items() if spec.version and name.startswith(f"{run}.engram.")}
+    versions = placement.versions.get(run, ())
+    others = [version for each, of in placement.versions.items() if each != run for version in of]
+    kept = {table for version in (*others, *versions[-KEEP:]) for table in version.tables}
+    named = {name for name, spec in placement.tables.items() if spec.version and name.startswith(f"{run}.engram.")}
+    of_run = named | {table for version in versions for table in version.tables}
     unused = sorted(of_run - kept - tables_held(client.connections))
     with suppress(PinnedError):
         drop_tables(client, unused)

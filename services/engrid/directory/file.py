@@ -8,6 +8,7 @@ overwritten by the next writer and never read.
     directory.json       {"host": str | null, "shards": {name: record}, "placement": {...} | null}
     directory.json.tmp   being written
     directory.lock       locked by the writer; always empty
+    checkpoint-folders   paths, a JSON string a line: where shards may read and write checkpoints besides this folder
 
 The file records the host it is used on. A second host is refused, also one that sees the file over a network file
 system: locks, renames and process ids do not reach across hosts.
@@ -36,6 +37,8 @@ from .records import ShardRecord, check_epoch_rises, check_name_is_free, check_r
 
 _LOCK_SECONDS = 10.0
 _LOCK_POLL_SECONDS = 0.005
+_FOLDERS = "checkpoint-folders"
+_MOST_FOLDERS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,35 @@ class FileDirectory:
     def __init__(self, path: Path) -> None:
         self._folder = path
         self._file = path / "directory.json"
+
+    @property
+    def folder(self) -> Path:
+        """It lies in here."""
+        return self._folder
+
+    def allow_folder(self, folder: Path) -> None:
+        """Lets the shards of this directory read and write checkpoints there: to write here is this user's alone, so it says
+        no more than that user may do. Raises DirectoryUnavailableError."""
+        real = folder.resolve()
+        with self._locked():
+            if real not in self.allowed_folders():
+                descriptor = os.open(
+                    self._folder / _FOLDERS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+                )
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(f"{json.dumps(str(real))}\n")
+
+    def allowed_folders(self) -> list[Path]:
+        """What was allowed, each as it was then; none where somebody else may write the list."""
+        try:
+            with (self._folder / _FOLDERS).open(encoding="utf-8") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022:
+                    return []
+                found = [Path(json.loads(line)) for line in file.read(_MOST_FOLDERS_BYTES).splitlines()]
+        except (OSError, ValueError, TypeError):
+            return []
+        return [folder for folder in found if folder.is_absolute() and folder != Path("/")]
 
     def register(self, record: ShardRecord) -> None:
         """See Directory.register."""

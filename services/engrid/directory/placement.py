@@ -29,6 +29,9 @@ from engrid.tables import TableSpec, check_keys
 from .errors import PlacementError
 from .versions import Version, check_version, versions_from_json
 
+MOST_EPOCH = 1 << 63
+"""What travels as 64 bits, and what Redis counts to."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
@@ -78,8 +81,8 @@ class Placement:
     """What was published, by name of the run. The last is the current one, which new readers pin."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epoch, int) or isinstance(self.epoch, bool) or self.epoch < 0:
-            raise PlacementError(f"epoch is {self.epoch!r}; give an integer from 0")
+        if not isinstance(self.epoch, int) or isinstance(self.epoch, bool) or not 0 <= self.epoch < MOST_EPOCH:
+            raise PlacementError(f"epoch is {self.epoch!r}; give an integer from 0 to below 2**63")
         for name, address in self.shards.items():
             if not isinstance(address, str) or not name or not address:
                 raise PlacementError(f"shard {name!r} has address {address!r}; give both as text")

@@ -88,7 +88,7 @@ class Directory(Protocol):
 
 def this_host() -> str:
     """Return what tells this machine and its present boot from all others: its name and the kernel's boot id."""
-    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}"
 
 
 def check_name_is_free(where: str, old: ShardRecord | None, new: ShardRecord) -> None:
@@ -126,7 +126,7 @@ def check_epoch_rises(placement: Placement, expected_epoch: int | None) -> None:
 def process_lives(pid: int) -> bool:
     """Whether a process of this host runs; a zombie, ended but not yet waited for by its parent, does not."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")

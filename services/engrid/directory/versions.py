@@ -21,9 +21,12 @@ class Version:
     tables: tuple[str, ...]
     """Names of its sealed tables."""
 
+    checkpoint: str = ""
+    """Folder of the checkpoint that its rows are of, which may hold the dense weights that go with them; empty: none."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what `versions_from_json` reads."""
-        return {"name": self.name, "tables": list(self.tables)}
+        return {"name": self.name, "tables": list(self.tables), "checkpoint": self.checkpoint}
 
 
 def check_version(run: str, version: Version, tables: Mapping[str, TableSpec]) -> None:
@@ -43,8 +46,11 @@ def versions_from_json(run: str, versions: Any) -> tuple[Version, ...]:
         raise PlacementError(f"versions of run {run} are {versions!r}; give a JSON array")
     result = []
     for each in versions:
-        check_keys(f"a version of run {run}", each, {"name", "tables"})
-        if not isinstance(each["name"], str) or not isinstance(each["tables"], list):
-            raise PlacementError(f"a version of run {run} is {each!r}; give a name and an array of tables")
-        result.append(Version(each["name"], tuple(each["tables"])))
+        check_keys(f"a version of run {run}", each, {"name", "tables", "checkpoint"})
+        texts = isinstance(each["name"], str) and isinstance(each["checkpoint"], str)
+        if not texts or not isinstance(each["tables"], list):
+            raise PlacementError(
+                f"a version of run {run} is {each!r}; give a name, an array of tables and a checkpoint"
+            )
+        result.append(Version(each["name"], tuple(each["tables"]), each["checkpoint"]))
     return tuple(result)

@@ -21,11 +21,13 @@
         ├── DeadlineExceededError
         ├── CancelledError
         ├── OutOfMemoryError
-        └── DiskFullError
+        ├── DiskFullError
+        └── InternalError
 
 `TABLE` maps each class to the code that travels in `engrid.v1.Error` and to the gRPC status of a unary call.
-On a stream an error is a frame; on a unary call the status is set and the same `Error` message rides in the
-trailing metadata, so both arrive as the same exception.
+On a stream an error is a frame. Of a unary call the status holds the text, and an `Error` without text rides in the trailing
+metadata: that is small, so the class arrives whatever the text. gRPC drops metadata over 8 KiB, the percent-encoded text
+included, and shows another error in its place; so a text is cut to `MOST_TEXT` bytes.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from engrid.v1 import memory_pb2 as pb
 
 TRAILER = "engrid-error-bin"
+MOST_TEXT = 2048
+"""Bytes of an error's text that travel; each may take three as gRPC encodes it."""
 
 
 class EngridError(Exception):
@@ -106,7 +111,7 @@ class ExpectedError(StaleError):
 
 
 class FencedError(StaleError):
-    """A newer attempt of the run has begun. This process must stop training."""
+    """A newer attempt of the run has begun, or another process holds this one. This process must stop training."""
 
     def __init__(self, message: str, *, attempt: int = 0) -> None:
         super().__init__(message)
@@ -146,6 +151,10 @@ class DiskFullError(UnavailableError):
     there, then send it again."""
 
 
+class InternalError(UnavailableError):
+    """The peer failed in a way that it has no name for: a fault of ours. Its log says how."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: an exception, its code in frames, its status in unary calls."""
@@ -174,6 +183,7 @@ TABLE: tuple[Row, ...] = (
     Row(CancelledError, pb.CANCELLED, grpc.StatusCode.CANCELLED),
     Row(OutOfMemoryError, pb.OUT_OF_MEMORY, grpc.StatusCode.RESOURCE_EXHAUSTED),
     Row(DiskFullError, pb.DISK_FULL, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    Row(InternalError, pb.INTERNAL, grpc.StatusCode.INTERNAL),
 )
 
 _BY_ERROR = {row.error: row for row in TABLE}
@@ -188,6 +198,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[EngridError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: CancelledError,
     grpc.StatusCode.ABORTED: FencedError,
+    grpc.StatusCode.INTERNAL: InternalError,
+    grpc.StatusCode.UNKNOWN: InternalError,
 }
 
 
@@ -196,16 +208,32 @@ def _row(error: EngridError) -> Row:
     return next(_BY_ERROR[kind] for kind in type(error).__mro__ if kind in _BY_ERROR)
 
 
+def bounded(text: str) -> str:
+    """The text as it travels: what UTF-8 cannot say is escaped, and a long one has a count in place of its middle."""
+    raw = text.encode("utf-8", "backslashreplace")
+    if len(raw) <= MOST_TEXT:
+        return raw.decode()
+    half = (MOST_TEXT - len(f" ... {len(raw)} more bytes ... ")) // 2
+    left, right = raw[:half].decode(errors="ignore"), raw[-half:].decode(errors="ignore")
+    cut = len(raw) - len(left.encode()) - len(right.encode())
+    return f"{left} ... {cut} more bytes ... {right}"
+
+
 def to_message(error: EngridError) -> pb.Error:
     """The error as it travels, with the numbers its class carries."""
-    message = pb.Error(code=_row(error).code, message=str(error))
+    message = pb.Error(code=_row(error).code, message=bounded(str(error)))
     if isinstance(error, WrongEpochError):
-        message.epoch = error.epoch
+        message.epoch = _number(error.epoch)
     elif isinstance(error, StepNotReachedError | ExpectedError):
-        message.expected = error.expected
+        message.expected = _number(error.expected)
     elif isinstance(error, FencedError):
-        message.attempt = error.attempt
+        message.attempt = _number(error.attempt)
     return message
+
+
+def _number(value: int) -> int:
+    """As it fits the wire: an error about a number that does not is an error still."""
+    return max(0, min(value, (1 << 64) - 1))
 
 
 def from_message(message: pb.Error) -> EngridError:
@@ -225,17 +253,23 @@ def from_message(message: pb.Error) -> EngridError:
 
 
 def abort(context: grpc.ServicerContext, error: EngridError) -> NoReturn:
-    """Ends a unary call with the error's status and its message in the trailer."""
-    row = _row(error)
-    context.set_trailing_metadata(((TRAILER, to_message(error).SerializeToString()),))
-    context.abort(row.status, str(error))
+    """Ends a call with the error's status and text, its class and numbers in the trailer."""
+    message = to_message(error)
+    text, message.message = message.message, ""
+    context.set_trailing_metadata(((TRAILER, message.SerializeToString()),))
+    context.abort(_row(error).status, text)
 
 
 def from_rpc(error: grpc.RpcError, peer: str) -> EngridError:
     """The exception of a failed call to `peer` (shard name and address, for the message)."""
     for key, value in cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ()):
         if key == TRAILER:
-            return from_message(pb.Error.FromString(value))
+            try:
+                message = pb.Error.FromString(value)
+            except DecodeError:
+                break  # whoever sent it is none of ours: the status is all there is
+            message.message = message.message or error.details() or ""
+            return from_message(message)
     kind = _BY_STATUS.get(error.code())
     text = f"{peer}: {error.details()}"
     return kind(text) if kind else EngridError(f"{text} ({error.code().name})")

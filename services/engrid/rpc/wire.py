@@ -5,6 +5,9 @@ parsed. Here a request is joined once, a reply is a `bytes` object of its final 
 directly, and what is decoded are views. A stock protobuf client or server understands every byte (a test lets one talk
 to us), and fields that a newer peer adds are passed over.
 
+What a peer can make us allocate is bounded before it is: a frame of megabytes may hold millions of empty tables, and each
+would become an object of a hundred times its bytes.
+
     LookupFrame    0A len LookupRequest                              |  10 number          a cancel
     LookupRequest  08 number  10 epoch  18 timeout_us  20 step  (2A len TableIds)*  32 len run
     TableIds       0A len table  12 len ids (8 bytes each)  18 row_bytes
@@ -17,17 +20,23 @@ bytearray (gRPC takes `bytes` alone, so it would be copied once more).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from engrid.v1 import memory_pb2 as pb
 
-from .errors import BadRequestError
+from .errors import BadRequestError, RequestTooLargeError
 from .frames import Bytes, Ids
 
 _VARINT, _FIXED64, _LEN, _FIXED32 = 0, 1, 2, 5
+MAX_TABLES = 1024
+"""Tables in one request; the rows of so many in one reply."""
+MAX_NAME_BYTES = 512
+"""Bytes of the name of a table or a run, in UTF-8."""
+_OTHER_FIELDS = 64
+"""Fields of a message besides its tables, those of a newer peer included."""
 _BYTES_HEADER = bytes.__basicsize__ - 1
 """Bytes of a bytes object before its contents."""
 
@@ -57,11 +66,10 @@ class Request:
     tables: list[TableRequest] = field(default_factory=list)
     run: str = ""
     cancel: int | None = None
-
-    @property
-    def id_bytes(self) -> int:
-        """Bytes of row ids it holds."""
-        return sum(len(table.row_ids) for table in self.tables)
+    frame_bytes: int = 0
+    """Of the message it came in, which its row ids keep in memory."""
+    given_up: bool = False
+    """By its client, after it was sent."""
 
 
 @dataclass
@@ -139,9 +147,9 @@ def encode_error(number: int, error: pb.Error) -> bytes:
 
 
 def decode_frame(raw: bytes) -> Request:
-    """Raises BadRequestError for what is no LookupFrame."""
-    request = Request()
-    with _Damaged("request"):
+    """Raises BadRequestError for what is no LookupFrame, RequestTooLargeError for one that asks for too many tables."""
+    request = Request(frame_bytes=len(raw))
+    with _Damaged("lookup request"):
         for number, value in _fields(memoryview(raw)):
             if number == 1:
                 _decode_request(_view(value), request)
@@ -151,7 +159,7 @@ def decode_frame(raw: bytes) -> Request:
 
 
 def _decode_request(raw: memoryview, request: Request) -> None:
-    for number, value in _fields(raw):
+    for number, value in _fields(raw, MAX_TABLES + _OTHER_FIELDS):
         match number:
             case 1:
                 request.number = _integer(value)
@@ -162,9 +170,13 @@ def _decode_request(raw: memoryview, request: Request) -> None:
             case 4:
                 request.step = _integer(value)
             case 5:
+                if len(request.tables) == MAX_TABLES:
+                    raise RequestTooLargeError(
+                        f"lookup {request.number} asks for more than {MAX_TABLES} tables; ask for them in several requests"
+                    )
                 request.tables.append(_decode_table(_view(value)))
             case 6:
-                request.run = str(_view(value), "utf-8")
+                request.run = _name(value)
 
 
 def _decode_table(raw: memoryview) -> TableRequest:
@@ -172,7 +184,7 @@ def _decode_table(raw: memoryview) -> TableRequest:
     for number, value in _fields(raw):
         match number:
             case 1:
-                table.table = str(_view(value), "utf-8")
+                table.table = _name(value)
             case 2:
                 table.row_ids = _view(value)
             case 3:
@@ -183,8 +195,8 @@ def _decode_table(raw: memoryview) -> TableRequest:
 def decode_reply(raw: bytes) -> Reply:
     """Raises BadRequestError for what is no LookupReply."""
     reply = Reply()
-    with _Damaged("reply"):
-        for number, value in _fields(memoryview(raw)):
+    with _Damaged("lookup reply"):
+        for number, value in _fields(memoryview(raw), MAX_TABLES + _OTHER_FIELDS):
             match number:
                 case 1:
                     reply.number = _integer(value)
@@ -209,13 +221,31 @@ class _Damaged:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         # DecodeError is protobuf's own; UnicodeDecodeError is a ValueError.
         if isinstance(error, ValueError | IndexError) or (kind is not None and kind.__name__ == "DecodeError"):
-            raise BadRequestError(f"a lookup {self._what} is damaged: {error}") from error
+            raise BadRequestError(f"a {self._what} is damaged: {error}") from error
 
 
-def _fields(raw: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field number and value of each field of a message; IndexError or ValueError where it is cut short."""
+def check_fields(raw: bytes, what: str, most: Mapping[int, int]) -> None:
+    """Raises RequestTooLargeError where a protobuf message has more of a field than `most`, by number, or 64 of the others.
+
+    Looks at the outermost fields alone and allocates nothing. Raises BadRequestError where it is damaged.
+    """
+    left = dict(most)
+    with _Damaged(what):
+        for number, _ in _fields(memoryview(raw), sum(most.values()) + _OTHER_FIELDS):
+            if number in left:
+                left[number] -= 1
+                if left[number] < 0:
+                    raise RequestTooLargeError(f"a {what} has more than {most[number]} of field {number}; send fewer")
+
+
+def _fields(raw: memoryview, most: int = _OTHER_FIELDS) -> Iterator[tuple[int, int | memoryview]]:
+    """Field number and value of each field of a message; IndexError or ValueError where it is cut short, or has more fields
+    than `most`."""
     at, end = 0, len(raw)
     while at < end:
+        most -= 1
+        if most < 0:
+            raise ValueError(f"more fields than any {len(raw)} bytes of ours hold")
         tag, at = _read_varint(raw, at)
         number, wire = tag >> 3, tag & 7
         if number == 0:
@@ -255,6 +285,13 @@ def _integer(value: int | memoryview) -> int:
     if isinstance(value, memoryview):
         raise ValueError("bytes where a number belongs")  # noqa: TRY004 - one error for damage
     return value
+
+
+def _name(value: int | memoryview) -> str:
+    raw = _view(value)
+    if len(raw) > MAX_NAME_BYTES:
+        raise ValueError(f"a name of {len(raw)} bytes, over the limit of {MAX_NAME_BYTES}")
+    return str(raw, "utf-8")
 
 
 def _view(value: int | memoryview) -> memoryview:

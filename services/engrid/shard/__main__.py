@@ -21,15 +21,21 @@ from .server import ShardServer
 
 
 def serve(config: ShardConfig) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves."""
+    """Serves until SIGINT or SIGTERM, then finishes what is under way. Prints one line once it serves.
+
+    Exits with 1 if the shard cannot go on: started again, it does from its log.
+    """
     keep_buffers()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     server = ShardServer(config)
     print(f"shard {server.name} serves at {server.address}", flush=True)
+    server.when_failed(stop.set)
     stop.wait()
     server.stop()
+    if server.failure:
+        sys.exit(f"error: shard {server.name} ended: {server.failure}. Start it again: it goes on from its log")
 
 
 def main() -> None:
@@ -39,12 +45,13 @@ def main() -> None:
     parser.add_argument("--listen", default=ShardConfig.listen)
     parser.add_argument("--directory", required=True)
     parser.add_argument("--state", type=Path)
+    parser.add_argument("--checkpoints", type=Path, action="append", default=[])
     parser.add_argument("--log-bytes", type=int, default=ShardConfig.log_bytes)
     parser.add_argument("--memory-bytes", type=int)
     parser.add_argument("--advertise-host")
     options = parser.parse_args()
     try:
-        serve(ShardConfig(**vars(options)))
+        serve(ShardConfig(**vars(options) | {"checkpoints": tuple(options.checkpoints)}))
     except (EngridError, DirectoryError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -33,6 +33,7 @@ from engrid.storage.errors import CheckpointDamagedError
 from engrid.storage.partition import SavedPartition
 
 from .core import ShardCore
+from .gradients import Gradients
 from .messages import Held, PartitionKey, PartitionState
 from .records import PushPart, PushRecord, decode, encode
 from .rows import AnyPartition, PartitionRows, SealedPartition, ShardRows
@@ -40,7 +41,7 @@ from .saving import save_snapshot
 from .snapshot import ImageMemory
 
 BASES = "base"
-_FORMAT = 1
+_FORMAT = 2
 _SIZE = struct.Struct("<Q")
 
 
@@ -124,6 +125,7 @@ class Base:
                 state.empty = True
                 continue
             partition.restore(disk, self.folder, by_key[key], part.start, part.stop, part.rows.arrays())
+            part.rows.measure()
         rows.replace(self.placement, made, [])
         return core, rows
 
@@ -132,13 +134,13 @@ class Base:
         out = bytearray()
         for key, state in self.states.items():
             for worker, held in state.held.items():
-                ids, values = held.gradients
+                gradients: Gradients = held.gradients
                 part = PushPart(
                     table=key[0],
                     partition=key[1],
                     seq=state.watermarks[worker],
-                    row_ids=ids_to_bytes(ids),
-                    gradients=floats_to_bytes(values),
+                    row_ids=ids_to_bytes(gradients.ids),
+                    gradients=floats_to_bytes(gradients.values),
                 )
                 push = PushRecord(
                     run=state.run,
@@ -166,6 +168,7 @@ class Base:
                     "partition": key[1],
                     "run": state.run,
                     "attempt": state.attempt,
+                    "token": state.token,
                     "workers": state.workers,
                     "step": state.step,
                     "since": state.since,
@@ -211,6 +214,7 @@ def _from_json(values: Mapping[str, Any]) -> Base:
         states[each["table"], each["partition"]] = PartitionState(
             run=each["run"],
             attempt=each["attempt"],
+            token=each["token"],
             workers=each["workers"],
             step=each["step"],
             since=each["since"],
@@ -233,13 +237,13 @@ def _add_held(base: Base, raw: bytes, sha256: str, path: str) -> None:
         (size,) = _SIZE.unpack_from(raw, at)
         push = decode(memoryview(raw)[at + _SIZE.size : at + _SIZE.size + size])
         at += _SIZE.size + size
-        assert isinstance(push, PushRecord)
-        assert base.placement is not None
+        if not isinstance(push, PushRecord) or base.placement is None:
+            raise _damaged(path, "holds something else than pushes of its placement")
         (part,) = push.parts
         ids = np.frombuffer(part.row_ids, "<i8")
         values = np.frombuffer(part.gradients, "<f4").reshape(len(ids), base.placement.tables[part.table].width)
         base.states[part.table, part.partition].held[push.worker] = Held(
-            push.step, push.learning_rate, (ids, values), not push.hold
+            push.step, push.learning_rate, Gradients.of(ids, values), not push.hold
         )
 
 

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engrid.rpc.errors import (
@@ -34,20 +34,28 @@ from engrid.rpc.errors import (
     StepNotReachedError,
 )
 from engrid.storage.checkpoint import Checkpoints
-from engrid.storage.disk import Disk, LocalDisk
+from engrid.storage.disk import Disk
 from engrid.storage.errors import CheckpointError
 from engrid.storage.manifest import Manifest
 from engrid.storage.partition import SavedPartition
 from engrid.tables import RowTable
 from engrid.v1 import memory_pb2 as pb
 
+from .folders import CheckpointFolders, check_name
+from .gate import LONGEST_WAIT
 from .messages import PartitionKey, PartitionState
+from .requests import check_count, check_tables, check_wait
 from .rows import PartitionRows, refuse_empty
 from .saving import save_snapshot
 from .snapshot import ImageMemory, SnapshotGivenUpError
 
 if TYPE_CHECKING:
     from .service import ShardService
+
+PROOF = re.compile(r"\.shared-[0-9a-f]{32}")
+"""Name of a file that proves a folder to be shared: the only kind whose content is given to whoever asks."""
+MAX_PROOF_BYTES = 1024
+"""Of such a file."""
 
 
 @dataclass
@@ -88,11 +96,11 @@ class _Save:
 class Checkpointing:
     """Saves and restores the partitions of one shard."""
 
-    def __init__(self, service: ShardService, stepped: threading.Condition) -> None:
-        """stepped: of the lock that the state machine is asked under; notified whenever a step was applied."""
-        self._service, self._stepped = service, stepped
+    def __init__(self, service: ShardService) -> None:
+        self._service, self._gate, self._stepped = service, service.gate, service.gate.stepped
         self._name = service.config.name
         self._core, self._rows = service.journal.core, service.journal.rows
+        self._folders = CheckpointFolders(service.config)
         self._save: _Save | None = None
 
     # -- saving
@@ -101,16 +109,19 @@ class Checkpointing:
         self, request: pb.CheckpointRequest, on_end: Callable[[Callable[[], None]], bool]
     ) -> Iterator[pb.CheckpointProgress]:
         """See MemoryService.Checkpoint. on_end: takes what is to be called once the caller has gone away; False: it has."""
-        deadline = time.monotonic() + request.wait
-        disk = self._disk(request.folder)
-        if not disk.exists(f"{request.partial}/tables"):
+        deadline = time.monotonic() + min(check_wait(request.wait), LONGEST_WAIT)
+        check_count("step", request.step)
+        check_tables(request.tables)
+        if request.base:
+            check_name("base", request.base)
+        partial = check_name("partial", request.partial)
+        disk = self._folders.disk(request.folder, f"{partial}/tables")
+        if not disk.exists(f"{partial}/tables"):
             raise BadRequestError(
                 f"shard {self._name} finds no {request.folder}/{request.partial}/tables; checkpoints need a directory that "
                 "all shards share"
             )
-        if not self._service.saving.acquire(timeout=max(0.0, request.wait)):
-            raise DeadlineExceededError(f"shard {self._name} was still saving rows after {request.wait:g} s; try again")
-        try:
+        with self._gate.hold(self._service.saving, deadline, "another checkpoint to be written"):
             save = self._begin(request, deadline)
             try:
                 if not on_end(lambda: save.give_up("its caller went away")):
@@ -121,20 +132,18 @@ class Checkpointing:
                     with self._disk_errors(f"could not save {key[0]}[{key[1]}]"):
                         saved.append(save.write(disk, key))
                 yield pb.CheckpointProgress(partitions=[json.dumps(each.to_json()) for each in saved])
-                save.settled.wait()
+                if not save.settled.wait(LONGEST_WAIT):
+                    raise DeadlineExceededError(
+                        f"shard {self._name}: nobody settled {request.partial} in {LONGEST_WAIT:g} s"
+                    )
             finally:
                 with self._stepped:
                     save.settle("")
                     self._save = None
-        finally:
-            self._service.saving.release()
 
     def _begin(self, request: pb.CheckpointRequest, deadline: float) -> _Save:
         """Begins the snapshots of all partitions at the step asked for, once they stand there."""
         with self._stepped:
-            for table in request.tables:
-                if self._core.empty(table):
-                    refuse_empty(self._name, table)
             states = self._at_step(request)
             while states is None:
                 if not self._stepped.wait(deadline - time.monotonic()):
@@ -159,6 +168,10 @@ class Checkpointing:
             return save
 
     def _at_step(self, request: pb.CheckpointRequest) -> Mapping[PartitionKey, PartitionState] | None:
+        self._gate.refuse_failed()
+        for table in request.tables:
+            if self._core.empty(table):
+                refuse_empty(self._name, table)
         return self._core.to_save(request.run, request.attempt, request.step, list(request.tables))
 
     def settle(self, partial: str, published: str) -> None:
@@ -169,17 +182,19 @@ class Checkpointing:
 
     # -- restoring
 
-    def restore(self, request: pb.RestoreRequest) -> int:
+    def restore(self, request: pb.RestoreRequest, *, deadline: float) -> int:
         """See MemoryService.Restore; returns the rows of all partitions."""
-        checkpoints = Checkpoints(self._disk(request.folder))
+        rest = min(time.monotonic() + check_wait(request.wait), deadline)
+        check_count("attempt", request.attempt, 1)
+        check_tables(request.tables)
+        checkpoints = Checkpoints(self._folders.disk(request.folder, check_name("checkpoint", request.name)))
         with self._disk_errors(f"could not read checkpoint {request.name}"):
             chain = checkpoints.chain(request.name)
             tables = list(request.tables)
-            self._check_tables(chain[-1], tables)
-            with self._service.loading:
-                keys = self._take_out(chain[-1], tables, request.attempt, time.monotonic() + request.wait)
-                rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
-                self._service.keep_loaded_rows()
+            with self._gate.hold(self._service.loading, deadline, "rows that are being loaded"):
+                keys = self._take_out(chain[-1], tables, request, rest)
+                with self._service.keeping_rows(deadline):
+                    rows = sum(self._read(checkpoints, chain, key, request.attempt) for key in keys)
         return rows
 
     def _check_tables(self, manifest: Manifest, tables: list[str]) -> None:
@@ -193,14 +208,14 @@ class Checkpointing:
                     f"checkpoint {manifest.name} is not of table {table} as it is: their specs differ"
                 )
 
-    def _take_out(self, manifest: Manifest, tables: list[str], attempt: int, deadline: float) -> list[PartitionKey]:
+    def _take_out(
+        self, manifest: Manifest, tables: list[str], request: pb.RestoreRequest, deadline: float
+    ) -> list[PartitionKey]:
         """Closes the partitions to pushes and lookups, and lets go of their rows."""
-        with self._stepped:
-            while (keys := self._core.to_restore(manifest.run, attempt, tables)) is None:
-                if not self._stepped.wait(deadline - time.monotonic()):
-                    raise DeadlineExceededError(
-                        f"shard {self._name} was still applying a push when the restore's time was over; try again"
-                    )
+        with self._service.at_rest(deadline):
+            self._check_tables(manifest, tables)
+            keys = self._core.to_restore(manifest.run, request.attempt, tables, request.token)
+            assert keys is not None, "nothing is being applied"
             if self._save is not None:
                 self._save.give_up(f"checkpoint {manifest.name} is being restored")
             assert self._core.placement is not None
@@ -233,22 +248,16 @@ class Checkpointing:
     def check_folder(self, folder: str, file: str) -> bytes:
         """See MemoryService.CheckFolder."""
         shared = "checkpoints need one directory that the workers and all shards read and write"
+        if not PROOF.fullmatch(file):
+            raise BadRequestError(f"file {file!r}: give one named .shared- and 32 hex digits, which was made for this")
         try:
-            disk = self._disk(folder)
-            content = disk.read(file)
-            answer = disk.create(f"{file}.{self._name}")
+            disk = self._folders.disk(folder, file)
+            content = disk.read(file, 0, MAX_PROOF_BYTES)
+            answer = disk.create(check_name("file", f"{file}.{self._name}"))
         except (OSError, BadRequestError) as error:
             raise BadRequestError(f"shard {self._name} cannot use {folder}: {error}; {shared}") from error
         answer.close()
         return content
-
-    def _disk(self, folder: str) -> LocalDisk:
-        """The folder as it is; one that is missing is not made, as it would be this host's alone."""
-        if not folder.startswith("/"):
-            raise BadRequestError(f"folder {folder!r}: give an absolute path")
-        if not Path(folder).is_dir():
-            raise BadRequestError(f"shard {self._name} finds no folder {folder}")
-        return LocalDisk(Path(folder))
 
     @contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ again, with the next seq, and the newer gradients take the place of the older.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engrid.directory import Placement
 from engrid.rpc.errors import (
@@ -33,9 +34,13 @@ from engrid.rpc.errors import (
     WrongEpochError,
 )
 
-from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push
+from .messages import Adoption, Apply, Held, PartitionKey, PartitionPush, PartitionState, Push, Together
 
-MOST_PIN_SECONDS = 3600.0
+MOST_PIN_SECONDS = 600.0
+MAX_READERS, MAX_PINNED = 1024, 16_384
+"""Pins, and names of tables in all of them together: a pin is kept until its time is over, whoever sent it."""
+MAX_NAME_BYTES = 512
+"""Bytes of a name that a client gives and a shard keeps."""
 
 
 class ShardCore:
@@ -127,9 +132,24 @@ class ShardCore:
         live = [table for table in tables if "@" not in table]
         if live or not reader:
             raise BadRequestError(f"pins are a reader's and of sealed tables (NAME@VERSION), not of {live or 'nobody'}")
-        self._pins = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        for name in (reader, *tables):
+            self._check_size(name)
+        wanted = frozenset(tables)
+        others = {name: pin for name, pin in self._pins.items() if pin[1] > now and name != reader}
+        held = sum(len(names) for names, _ in others.values())
+        if seconds and (len(others) >= MAX_READERS or held + len(wanted) > MAX_PINNED):
+            raise ShardUnavailableError(
+                f"shard {self.shard} holds pins of {held} tables by {len(others)} readers, and one of {len(wanted)} more would "
+                f"pass its limits of {MAX_PINNED} and {MAX_READERS}; try again once other readers have let go"
+            )
+        self._pins = others
         if seconds:
-            self._pins[reader] = (frozenset(tables), now + seconds)
+            self._pins[reader] = (wanted, now + seconds)
+
+    @staticmethod
+    def _check_size(name: str) -> None:
+        if len(name.encode()) > MAX_NAME_BYTES:
+            raise BadRequestError(f"a name of {len(name.encode())} bytes: give at most {MAX_NAME_BYTES}")
 
     def pinned(self, now: float) -> frozenset[str]:
         """Tables that someone reads."""
@@ -137,36 +157,67 @@ class ShardCore:
 
     # -- training
 
-    def check_begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> bool:
+    def check_begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = "") -> bool:
         """Whether it would change anything; raises what begin_run raises and changes nothing."""
-        if workers < 1 or attempt < 1 or not run:
-            raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker")
+        if workers < 0 or attempt < 1 or not run:
+            raise BadRequestError("a run needs a name, an attempt from 1 and at least one worker (0 only claims it)")
+        self._check_size(run)
+        if not tables:
+            raise BadRequestError(f"run {run} is begun on no table; name those it trains")
         states = self._of_tables(tables)
         assert self.placement is not None
         for table in tables:
             if self.placement.tables[table].version:
                 raise ReadOnlyTableError(f"table {table} is sealed: it takes no pushes, so no run can begin on it")
-        for (table, index), state in states.items():
-            if state.run == run and state.attempt > attempt:
-                raise FencedError(
-                    f"attempt {attempt} of run {run} is older than attempt {state.attempt} of {table}[{index}]",
-                    attempt=state.attempt,
-                )
+        for key, state in states.items():
+            self._check_beginner(run, attempt, token, key, state)
+            if (state.run, state.attempt) == (run, attempt) and 0 not in (workers, state.workers):
+                self._check_workers(run, attempt, workers, state)
         if len({state.step for state in states.values()}) > 1:
             raise RunMismatchError(f"partitions of {', '.join(tables)} stand at different steps; load a checkpoint")
-        return any((state.run, state.attempt, state.workers) != (run, attempt, workers) for state in states.values())
+        return any(self._would_change(state, run, attempt, workers, token) for state in states.values())
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> int:
+    @staticmethod
+    def _check_beginner(run: str, attempt: int, token: str, key: PartitionKey, state: PartitionState) -> None:
+        """Raises FencedError where the attempt is not the newest here, or is another's."""
+        if state.run == run and state.attempt > attempt:
+            raise FencedError(
+                f"attempt {attempt} of run {run} is older than attempt {state.attempt} of {key[0]}[{key[1]}]",
+                attempt=state.attempt,
+            )
+        if (state.run, state.attempt) == (run, attempt) and state.token not in ("", token):
+            raise FencedError(
+                f"another process began attempt {attempt} of run {run} on {key[0]}[{key[1]}]: leave out `attempt` to take "
+                "the next one, or share one of claim_attempt among the workers",
+                attempt=state.attempt,
+            )
+
+    @staticmethod
+    def _check_workers(run: str, attempt: int, workers: int, state: PartitionState) -> None:
+        if state.workers != workers:
+            raise BadRequestError(
+                f"attempt {attempt} of run {run} was begun with {state.workers} workers, not {workers}; give all of them "
+                "the same number"
+            )
+
+    @staticmethod
+    def _would_change(state: PartitionState, run: str, attempt: int, workers: int, token: str) -> bool:
+        """A claim again, or of an attempt that has begun, changes nothing."""
+        begun = (state.run, state.attempt, state.token) == (run, attempt, token)
+        return not begun or workers not in (0, state.workers)
+
+    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = "") -> int:
         """Opens an attempt on our partitions of the tables; held pushes of older attempts are dropped.
 
-        Returns the last step applied. The same attempt again changes nothing (a retry).
+        token: tells who begins it from all others. workers: 0 claims the attempt and lets nobody push yet. Returns the
+        last step applied. The same attempt again with the same token changes nothing (a retry).
         """
-        self.check_begin_run(run, attempt, workers, tables)
+        self.check_begin_run(run, attempt, workers, tables, token)
         states = self._of_tables(tables)
         for state in states.values():
-            if (state.run, state.attempt, state.workers) == (run, attempt, workers):
+            if not self._would_change(state, run, attempt, workers, token):
                 continue
-            state.run, state.attempt, state.workers = run, attempt, workers
+            state.run, state.attempt, state.token, state.workers = run, attempt, token, workers
             state.watermarks, state.held = {}, {}
         return max((state.step for state in states.values()), default=0)
 
@@ -181,6 +232,22 @@ class ShardCore:
         for table in {part.key[0] for part in push.parts}:
             self.check_epoch(table, push.epoch)
         return [self._admit(push, part) for part in push.parts]
+
+    def together(self, push: Push) -> list[Together]:
+        """What the push would have its partitions apply, should it be the last of its step; and before that its own alone,
+        so that the worker whose gradients are too large is the one refused. Raises what push raises, changes nothing."""
+        found = []
+        for part, is_new in zip(push.parts, self.check_push(push), strict=True):
+            if not is_new:
+                continue
+            found.append(Together(part.key, push.learning_rate, (part.gradients,)))
+            state = self.partitions[part.key]
+            pushes = {worker: (held.learning_rate, held.gradients) for worker, held in state.held.items()}
+            pushes[push.worker] = (push.learning_rate, part.gradients)
+            if len(pushes) == state.workers > 1:
+                ranked = [pushes[worker] for worker in sorted(pushes)]
+                found.append(Together(part.key, ranked[0][0], tuple(gradients for _, gradients in ranked)))
+        return found
 
     def push(self, push: Push) -> tuple[list[bool], list[Apply]]:
         """Takes a push whole or not at all. Per part, whether it was new (False: DUPLICATE); then what applies."""
@@ -213,7 +280,18 @@ class ShardCore:
                 f"{where} is at step {state.step}; worker {push.worker} pushed step {push.step}",
                 expected=state.step + 1,
             )
+        self._check_rate(push.worker, push.learning_rate, state, where)
         return True
+
+    @staticmethod
+    def _check_rate(worker: int, learning_rate: float, state: PartitionState, where: str) -> None:
+        """All workers' pushes of a step apply at one rate. What is not committed yet may still be pushed anew."""
+        for other, held in state.held.items():
+            if other != worker and held.committed and held.learning_rate != learning_rate:
+                raise BadRequestError(
+                    f"{where}: worker {worker} pushes step {held.step} with learning rate {learning_rate:g}, worker {other} "
+                    f"with {held.learning_rate:g}; give all the same"
+                )
 
     @staticmethod
     def _check_run(run: str, attempt: int, worker: int, state: PartitionState, where: str) -> None:
@@ -242,6 +320,8 @@ class ShardCore:
             being_applied = state.applying and step == state.step + 1
             if state.step < step and not being_applied and (held is None or held.step != step):
                 raise ExpectedError(f"{where} lacks worker {worker}'s push of step {step}", expected=state.step + 1)
+            if held is not None and held.step == step:
+                self._check_rate(worker, held.learning_rate, state, where)
         held_now = [state.held.get(worker) for state in mine.values()]
         return any(held is not None and held.step == step and not held.committed for held in held_now)
 
@@ -280,13 +360,18 @@ class ShardCore:
         if state is not None:
             state.step, state.applying = step, False
 
+    def loading(self, key: PartitionKey) -> None:
+        """The shell is about to overwrite the partition's rows: it has none to serve until `loaded`, nor takes commits."""
+        self.partitions[key] = replace(self.partitions[key], empty=True, watermarks={}, held={})
+
     def loaded(self, key: PartitionKey, step: int, run: str = "", attempt: int = 0) -> None:
         """The shell has overwritten the partition's rows with what an attempt of a run made of `step`.
 
         Nobody pushes to them before a run begins, and older attempts of the same run stay fenced.
         """
-        since = self.partitions[key].since
-        self.partitions[key] = PartitionState(run=run, attempt=attempt, step=step, since=since)
+        old = self.partitions[key]
+        token = old.token if (old.run, old.attempt) == (run, attempt) else ""
+        self.partitions[key] = PartitionState(run=run, attempt=attempt, token=token, step=step, since=old.since)
 
     def to_save(
         self, run: str, attempt: int, step: int, tables: Sequence[str]
@@ -305,22 +390,18 @@ class ShardCore:
                 )
         return states if all(state.step == step for state in states.values()) else None
 
-    def to_restore(self, run: str, attempt: int, tables: Sequence[str]) -> list[PartitionKey] | None:
+    def to_restore(self, run: str, attempt: int, tables: Sequence[str], token: str = "") -> list[PartitionKey] | None:
         """Our partitions of the tables, empty from now on and closed to older attempts; None while one is applied to.
 
-        Raises FencedError where a newer attempt has begun.
+        Raises FencedError where a newer attempt has begun, or another has begun this one.
         """
         states = self._of_tables(tables)
-        for (table, index), state in states.items():
-            if state.run == run and state.attempt > attempt:
-                raise FencedError(
-                    f"attempt {state.attempt} of run {run} has begun on {table}[{index}]: attempt {attempt} is older",
-                    attempt=state.attempt,
-                )
+        for key, state in states.items():
+            self._check_beginner(run, attempt, token, key, state)
         if any(state.applying for state in states.values()):
             return None
         for key, state in states.items():
-            self.partitions[key] = PartitionState(run=run, attempt=attempt, since=state.since, empty=True)
+            self.partitions[key] = PartitionState(run=run, attempt=attempt, token=token, since=state.since, empty=True)
         return list(states)
 
     def check_epoch(self, table: str, epoch: int) -> None:

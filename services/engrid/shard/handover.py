@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -25,14 +26,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engrid.rpc.errors import BadRequestError, EngridError, to_message
-from engrid.rpc.handover import MAX_LINE, read_line
+from engrid.rpc.errors import BadRequestError, EngridError, InternalError, to_message
+from engrid.rpc.handover import read_line
 
 from .messages import PartitionKey
 from .sealed import SealedRows
 
 REQUEST_SECONDS = 1.0
-"""A client has to ask and take the answer."""
+"""A client has to ask, and once more to take the answer."""
+MAX_MESSAGE = 300
+"""Characters of an error's text: escaped as JSON, they fit a line."""
+
+_log = logging.getLogger(__name__)
 
 Find = Callable[[PartitionKey], SealedRows]
 """The loaded rows of a sealed partition; raises EngridError where they are not here."""
@@ -52,6 +57,7 @@ class Handover:
             raise PermissionError(f"{folder} belongs to others or lets them in; remove it")
         self.path = folder / f"{self.instance}.sock"
         self._find = find
+        self._closing = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self.path))
         self._socket.listen(16)
@@ -60,18 +66,27 @@ class Handover:
 
     def close(self) -> None:
         """Hands nothing over any more; what was handed over stays readable."""
+        self._closing.set()
         with contextlib.suppress(OSError):  # not connected: what shutdown is for here is to wake accept()
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._thread.join(2 * REQUEST_SECONDS)
+        self._thread.join(3 * REQUEST_SECONDS)
         self.path.unlink(missing_ok=True)
 
+    @property
+    def serves(self) -> bool:
+        """Whether it still answers; if not, rows are read over gRPC."""
+        return self._thread.is_alive()
+
     def _serve(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 client, _ = self._socket.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._closing.wait(REQUEST_SECONDS / 10):
+                    return
+                _log.warning("cannot accept a client of sealed rows: %s", error)  # no descriptor is left, say
+                continue
             with client, contextlib.suppress(OSError):  # a client that goes away or is slow is its own loss
                 client.settimeout(REQUEST_SECONDS)
                 self._answer(client)
@@ -81,10 +96,17 @@ class Handover:
             asked = self._asked(client)  # read first, also of those who may not ask: else they never see the answer
             _check_peer(client)
             rows = self._find(asked)
-        except EngridError as error:
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one request that fails must not be the last
+            if not isinstance(error, EngridError):
+                _log.error("a request for sealed rows failed", exc_info=error)
+                error = InternalError(f"the shard could not look for them: {type(error).__name__}: {error}")
             message = to_message(error)
-            client.sendall(_line({"code": message.code, "message": message.message}))
+            client.settimeout(REQUEST_SECONDS)
+            client.sendall(_line({"code": message.code, "message": message.message[:MAX_MESSAGE]}))
             return
+        client.settimeout(REQUEST_SECONDS)
         socket.send_fds(client, [_line({"start": rows.start, "stop": rows.stop})], [rows.descriptor])
         self.handed += 1
 
@@ -92,7 +114,7 @@ class Handover:
         try:
             asked = json.loads(read_line(client))
             instance, table, partition = asked["instance"], asked["table"], asked["partition"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadRequestError(f"not a request for sealed rows: {error}") from error
         if instance != self.instance:
             raise BadRequestError("this is another shard than the one asked for; read its address anew")
@@ -109,6 +131,4 @@ def _check_peer(client: socket.socket) -> None:
 
 
 def _line(values: dict[str, Any]) -> bytes:
-    raw = json.dumps(values).encode() + b"\n"
-    assert len(raw) <= MAX_LINE
-    return raw
+    return json.dumps(values).encode() + b"\n"

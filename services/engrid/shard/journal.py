@@ -5,6 +5,9 @@
                 nothing happens    (disk full),               `durable`: after log.wait_durable(number)
                                    same
 
+Before a push comes to that, the shell makes sure that what it would have applied leaves neither NaN nor infinity
+(`unsure`): a push that is in the log is never refused again, nor does replay ask.
+
 Everything between the two ends happens under the shell's lock, so records lie in the log in the order in which the
 state machine took them. A start rebuilds the state from the newest base (base.py: rows, optimizer state and the state
 machine at one record) and hands the records behind it to the same state machine; as it knows no clock and no chance,
@@ -23,7 +26,7 @@ applying first and logging after (a crash in between leaves rows that no log exp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -35,8 +38,9 @@ from engrid.storage.disk import Disk, Piece
 
 from .base import Base, read_newest_base
 from .core import ShardCore
+from .gradients import Gradients
 from .log import SEGMENT_BYTES, Log
-from .messages import Adoption, Apply, PartitionKey, PartitionPush, Push
+from .messages import Adoption, Apply, PartitionKey, PartitionPush, Push, Together
 from .records import (
     AdoptRecord,
     BeginRunRecord,
@@ -116,6 +120,15 @@ class Journal:
         )
         return Logged(pieces, checksum(pieces))
 
+    def unsure(self, push: Push) -> list[Together]:
+        """What the push would have applied and may leave NaN or infinity: to be asked of the rows (`refuse_not_finite`)
+        before the push is taken, and then again whether it is the same still. Raises what ShardCore.push raises."""
+        return [
+            each
+            for each in self.core.together(push)
+            if not self.rows.live(each.key).stays_finite(push.step, each.learning_rate, each.gradients)
+        ]
+
     def push(self, push: Push, logged: Logged | None) -> Taken:
         """logged: what `logged` made of it. Raises what ShardCore.push raises, and DiskFullError."""
         new = self.core.check_push(push)
@@ -133,12 +146,15 @@ class Journal:
             record = self._append(CommitRecord(run=run, attempt=attempt, worker=worker, step=step))
         return Taken((), self.core.commit(run, attempt, worker, step, epoch), record or self._last())
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: Sequence[str]) -> tuple[int, int]:
+    def begin_run(
+        self, run: str, attempt: int, workers: int, tables: Sequence[str], token: str = ""
+    ) -> tuple[int, int]:
         """See ShardCore.begin_run; returns the step and the record to wait for."""
         record = 0
-        if self.core.check_begin_run(run, attempt, workers, tables):
-            record = self._append(BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables))
-        return self.core.begin_run(run, attempt, workers, tables), record or self._last()
+        if self.core.check_begin_run(run, attempt, workers, tables, token):
+            begun = BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables, token=token)
+            record = self._append(begun)
+        return self.core.begin_run(run, attempt, workers, tables, token), record or self._last()
 
     def adopt(self, adoption: Adoption, added: dict[PartitionKey, AnyPartition]) -> int:
         """Serves the placement; added: from ShardRows.allocate. Returns the record to wait for. No Apply may be under way:
@@ -148,8 +164,13 @@ class Journal:
         self._adopt(adoption, added)
         return record
 
+    def loading(self, key: PartitionKey, step: int, run: str, attempt: int) -> None:
+        """Rows of a live partition are about to be replaced from outside: it serves nothing until they are."""
+        self._append(LoadedRecord(table=key[0], partition=key[1], step=step, run=run, attempt=attempt, checkpoint=""))
+        self.core.loading(key)
+
     def loaded(self, key: PartitionKey, step: int, run: str, attempt: int, *, rows_kept: bool) -> None:
-        """Rows of a partition were replaced from outside. rows_kept: a base will hold them; sealed ones are not kept."""
+        """Rows of a partition were replaced from outside. rows_kept: a base will hold them, and no record says so yet."""
         if rows_kept:
             self._append(
                 LoadedRecord(table=key[0], partition=key[1], step=step, run=run, attempt=attempt, checkpoint="")
@@ -215,7 +236,7 @@ class Journal:
                 if adoption is not None:
                     self._adopt(adoption, self.rows.allocate(placement, adoption.added))
             case BeginRunRecord():
-                self.core.begin_run(record.run, record.attempt, record.workers, record.tables)
+                self.core.begin_run(record.run, record.attempt, record.workers, record.tables, record.token)
             case PushRecord():
                 _, applies = self.core.push(self._as_push(record))
                 self.carry_out(applies)
@@ -234,7 +255,7 @@ class Journal:
             width = self.rows.live(key).rows.spec.width
             ids = np.frombuffer(part.row_ids, "<i8")
             values = np.frombuffer(part.gradients, "<f4").reshape(len(ids), width)
-            parts.append(PartitionPush(key=key, seq=part.seq, gradients=(ids, values)))
+            parts.append(PartitionPush(key=key, seq=part.seq, gradients=Gradients.of(ids, values)))
         return Push(
             run=record.run,
             attempt=record.attempt,
@@ -246,15 +267,11 @@ class Journal:
             parts=parts,
         )
 
-    def carry_out(self, applies: Sequence[Apply], on_applied: Callable[[Apply, int], None] | None = None) -> None:
-        """Updates rows as decided. on_applied: takes what was applied and how many rows it touched, and has to tell the core
-        (which is done here where it is None)."""
+    def carry_out(self, applies: Sequence[Apply]) -> None:
+        """Updates rows as decided, with nobody else about. The shell does it itself, when others wait (applying.py)."""
         for apply in applies:
-            touched = self.rows.live(apply.key).apply(apply.step, apply.learning_rate, apply.gradients)
-            if on_applied is None:
-                self.core.applied(apply.key, apply.step)
-            else:
-                on_applied(apply, touched)
+            self.rows.live(apply.key).apply(apply.step, apply.learning_rate, apply.gradients)
+            self.core.applied(apply.key, apply.step)
 
     # -- bases
 

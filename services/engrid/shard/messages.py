@@ -45,6 +45,15 @@ class Apply:
     gradients: Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Together:
+    """Gradients of one step that a partition would apply at once, in rank order."""
+
+    key: PartitionKey
+    learning_rate: float
+    gradients: tuple[Any, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adoption:
     """Decision: what a new placement changes on this shard."""
@@ -70,7 +79,10 @@ class PartitionState:
 
     run: str = ""
     attempt: int = 0
+    token: str = ""
+    """Of whoever began or restored the attempt; empty: nobody has, and the first to begin it has it."""
     workers: int = 0
+    """0: the attempt is claimed and not begun; nobody may push."""
     step: int = 0
     watermarks: dict[int, int] = field(default_factory=dict)
     """Last seq taken, per worker."""

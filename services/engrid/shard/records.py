@@ -28,7 +28,7 @@ from engrid.storage.disk import Piece
 
 from .segments import CorruptLogError
 
-VERSION = 1
+VERSION = 2
 _ADOPT, _BEGIN_RUN, _PUSH, _COMMIT, _LOADED = 1, 2, 3, 4, 5
 _U8, _U32, _U64, _F64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<d")
 
@@ -42,12 +42,13 @@ class AdoptRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginRunRecord:
-    """An attempt of a run was begun."""
+    """An attempt of a run was begun, or claimed."""
 
     run: str
     attempt: int
     workers: int
     tables: Sequence[str]
+    token: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ def encode(record: Record) -> list[Piece]:
         case BeginRunRecord():
             out += _U8.pack(_BEGIN_RUN) + _text(record.run) + _U64.pack(record.attempt) + _U32.pack(record.workers)
             out += _U32.pack(len(record.tables)) + b"".join(_text(table) for table in record.tables)
+            out += _text(record.token)
         case CommitRecord():
             out += _U8.pack(_COMMIT) + _text(record.run) + _U64.pack(record.attempt)
             out += _U32.pack(record.worker) + _U64.pack(record.step)
@@ -160,7 +162,7 @@ def _decode(reader: _Reader) -> Record:
     if kind == _BEGIN_RUN:
         run, attempt, workers = reader.text(), reader.number(_U64), reader.number(_U32)
         tables = [reader.text() for _ in range(reader.number(_U32))]
-        return BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables)
+        return BeginRunRecord(run=run, attempt=attempt, workers=workers, tables=tables, token=reader.text())
     if kind == _ADOPT:
         return AdoptRecord(placement=reader.text())
     if kind == _LOADED:

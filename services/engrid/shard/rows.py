@@ -1,7 +1,7 @@
 """The rows a shard holds: per partition one RowTable and one lock, and the gather over them.
 
 The lock makes a push to a partition whole or absent to any lookup. It is held for one gather or one update,
-both of which release the GIL for the copying itself.
+both of which release the GIL for the copying itself. After an update that broke off in the middle no lookup is answered.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from engrid.rpc.errors import (
     UnknownTableError,
     WrongEpochError,
 )
-from engrid.rpc.frames import Bytes, Floats, Ids, row_view
-from engrid.tables import RowTable, TableSpec, sum_duplicates
+from engrid.rpc.frames import Bytes, Ids, row_view
+from engrid.tables import NonFiniteGradientError, RowTable, TableSpec
 
+from .gradients import Gradients, read_gradients, total, total_size
 from .messages import PartitionKey
 from .sealed import SealedRows
 from .snapshot import CHUNK_BYTES, ImageMemory, PartitionSnapshot, SnapshotBaseError, TouchedRows
-
-Gradients = tuple[Ids, Floats]
-"""Row ids of the table, strictly rising [u], and their gradients [u, width]."""
 
 
 @dataclass
@@ -55,31 +53,59 @@ class PartitionRows:
     def gather(self, ids: Ids, out: Bytes) -> None:
         """Copies the rows of table ids [n], all in range, into out [n, row_bytes]."""
         with self.lock:
+            self._refuse_torn()
             self.rows.gather(ids - self.start, out)
 
     def copy_out(self, start: int, stop: int) -> bytes:
         """Local rows start..stop-1, end to end."""
         with self.lock:
+            self._refuse_torn()
             return self.rows.raw(start, stop).tobytes()
 
+    def _refuse_torn(self) -> None:
+        if self.rows.torn:
+            raise ShardUnavailableError(f"{self._where}: a step was applied to some rows alone; start the shard again")
+
+    def stays_finite(self, step: int, learning_rate: float, workers: Sequence[Gradients]) -> bool:
+        """Whether applying these surely leaves numbers; False: `refuse_not_finite` says. Costs next to nothing."""
+        return self.rows.stays_finite(total_size(workers), step, learning_rate)
+
+    def refuse_not_finite(self, step: int, learning_rate: float, workers: Sequence[Gradients]) -> None:
+        """Raises NotFiniteError, naming the row, if applying these would leave NaN or infinity; changes nothing."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            ids, gradients = total(workers)
+        try:
+            with self.lock:
+                self.rows.try_update(ids - self.start, gradients, step, learning_rate)
+        except NonFiniteGradientError as error:
+            raise NotFiniteError(str(error)) from error
+
     def apply(self, step: int, learning_rate: float, workers: Sequence[Gradients]) -> int:
-        """Adds the workers' gradients in the order given and updates each touched row once; returns their number."""
-        if len(workers) == 1:
-            ids, gradients = workers[0]
-        else:
-            ids, gradients = sum_duplicates(
-                np.concatenate([part[0] for part in workers]), np.concatenate([part[1] for part in workers])
-            )
-        local = ids - self.start
+        """Adds the workers' gradients in the order given and updates each touched row once; returns their number.
+
+        Raises MemoryError, having changed nothing unless `rows.torn` is set.
+        """
+        ids, gradients = total(workers)
+        local, size = ids - self.start, total_size(workers)
         while len(ids):
             with self.lock:
                 snapshot = self.snapshot
-                if snapshot is None or snapshot.save(local):
-                    self.rows.apply(local, gradients, step, learning_rate)
+                if snapshot is None or self._saved(snapshot, local):
                     self.touched.mark(local)
+                    self.rows.apply(
+                        local, gradients, step, learning_rate, size
+                    )  # last: what fails before can be repeated
                     break
             snapshot.memory.wait()
         return len(ids)
+
+    @staticmethod
+    def _saved(snapshot: PartitionSnapshot, local: Ids) -> bool:
+        try:
+            return snapshot.save(local)
+        except BaseException as error:  # it may have taken slots that it has not filled
+            snapshot.memory.give_up(f"rows about to change could not be saved: {error!r}")
+            raise
 
     def begin_snapshot(self, memory: ImageMemory, base: str = "", chunk_bytes: int = CHUNK_BYTES) -> PartitionSnapshot:
         """What the partition holds now, to be swept by one thread while pushes go on, and then settled.
@@ -225,28 +251,9 @@ class ShardRows:
         raise WrongEpochError(f"this shard holds no rows of table {name}", epoch=placement.epoch)
 
     def check_gradients(self, key: PartitionKey, ids: Ids, gradients: bytes) -> Gradients:
-        """A push's part as arrays, checked; raises BadRequestError, RowOutOfRangeError, RowWidthMismatchError,
-        NotFiniteError or ReadOnlyTableError and touches nothing."""
+        """A push's part as arrays; raises what `read_gradients` raises and touches nothing."""
         part = self.live(key)
-        spec = part.rows.spec
-        where = f"push to {key[0]}[{key[1]}]"
-        if spec.optimizer is None:
-            raise ReadOnlyTableError(f"{where}: the table was made without an optimizer ({spec.row_format} rows)")
-        if len(gradients) != 4 * spec.width * len(ids):
-            raise RowWidthMismatchError(
-                f"{where}: {len(ids)} rows of {spec.width} float32 are {4 * spec.width * len(ids)} bytes, "
-                f"not {len(gradients)}"
-            )
-        values = np.frombuffer(gradients, "<f4").reshape(len(ids), spec.width)
-        if len(ids):
-            if (np.diff(ids) <= 0).any():
-                raise BadRequestError(f"{where}: row ids must rise strictly; sum duplicate rows before the push")
-            if ids[0] < part.start or ids[-1] >= part.stop:
-                raise RowOutOfRangeError(f"{where}: rows {ids[0]}..{ids[-1]} reach outside [{part.start}, {part.stop})")
-            if not np.isfinite(values).all():
-                bad = int(ids[~np.isfinite(values).all(axis=1)][0])
-                raise NotFiniteError(f"{where}: the gradient of row {bad} holds NaN or Inf; nothing was applied")
-        return ids, values
+        return read_gradients(part.rows.spec, part.start, part.stop, f"push to {key[0]}[{key[1]}]", ids, gradients)
 
 
 class TableRows:

@@ -20,6 +20,7 @@ readers); F_SEAL_WRITE (older kernels then refuse shared mappings even for readi
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import threading
@@ -30,6 +31,8 @@ from engrid.rpc.errors import BadRequestError, RowWidthMismatchError
 from engrid.rpc.frames import Bytes, Ids, row_view
 from engrid.rpc.mapping import collapse, mapped
 from engrid.tables import TableSpec
+
+_log = logging.getLogger(__name__)
 
 F_SEAL_FUTURE_WRITE = 0x10
 """linux/fcntl.h; Linux 5.1 and later. Python 3.11 does not name it."""
@@ -81,12 +84,19 @@ class SealedRows:
         """Ends the loading; again is nothing."""
         if self._loading is None:
             return
+        memory = mapped(
+            self.descriptor, self.nbytes
+        )  # first: where there is no room for it, the load can be sent again
         self._loading.close()
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, SEALS)
-        memory = mapped(self.descriptor, self.nbytes)
         self._rows = memory.reshape(len(self), self.spec.row_bytes)
         self._loading = None
-        threading.Thread(target=_make_huge, args=(memory, self._gone), name="engrid huge pages", daemon=True).start()
+        try:
+            threading.Thread(
+                target=_make_huge, args=(memory, self._gone), name="engrid huge pages", daemon=True
+            ).start()
+        except RuntimeError as error:
+            _log.warning("%s stay in small pages: %s", self._name(), error)
 
     def gather(self, local_ids: Ids, out: Bytes) -> None:
         """Copies rows local_ids int64 [n], checked to be in range, into `out` [n, row_bytes], C-contiguous."""
@@ -105,6 +115,9 @@ _making_huge = threading.Lock()
 
 def _make_huge(memory: Bytes, gone: threading.Event) -> None:
     done = 0
-    while done < memory.nbytes and not gone.is_set():
-        with _making_huge:  # anew for each piece: whoever waits for it keeps its rows from being freed
-            done = collapse(memory, done)
+    try:
+        while done < memory.nbytes and not gone.is_set():
+            with _making_huge:  # anew for each piece: whoever waits for it keeps its rows from being freed
+                done = collapse(memory, done)
+    except Exception:  # noqa: BLE001 - they are served all the same
+        _log.exception("sealed rows stay in small pages")

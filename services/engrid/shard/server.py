@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -13,7 +15,7 @@ from engrid.rpc.server import RpcServer
 from .config import ShardConfig
 from .handover import Handover
 from .service import ShardService
-from .servicer import MemoryServicer, add_to_server
+from .servicer import CHECKS, PATIENT, MemoryServicer, add_to_server, pools
 
 MEMORY_SERVICE = "engrid.v1.MemoryService"
 
@@ -24,20 +26,25 @@ class ShardServer:
     def __init__(self, config: ShardConfig) -> None:
         """Recovers what the shard kept, then listens and registers."""
         self.name = config.name
+        self._failed = threading.Event()
         with ExitStack() as opened:
             self._directory = open_directory(config.directory)
             opened.callback(self._directory.close)
-            service = ShardService(config)
+            service = self._service = ShardService(config)
             opened.callback(service.close)
-            handover = _open_handover(service) if config.shared_memory else None
+            handover = self.handover = _open_handover(service) if config.shared_memory else None
             servicer = MemoryServicer(service, handover)
-            opened.callback(servicer.close)
             self._rpc = RpcServer(
                 config.listen,
                 [MEMORY_SERVICE],
                 partial(add_to_server, servicer),
-                threads=config.max_streams + config.unary_threads,
+                owner=f"shard {config.name}",
+                pools=pools(config, servicer.end_idle_stream),
+                checks=CHECKS,
+                patient=PATIENT,
+                failed=servicer.count_error,
                 advertise_host=config.advertise_host,
+                keepalive_seconds=config.keepalive,
             )
             opened.callback(self._stop_rpc)
             if handover is not None:
@@ -47,7 +54,26 @@ class ShardServer:
             self._directory.register(
                 ShardRecord(name=config.name, address=self.address, host=this_host(), pid=os.getpid())
             )
+            service.gate.on_failure(self._on_failure)
             self._opened = opened.pop_all()
+
+    def _on_failure(self) -> None:
+        self._rpc.fail_health()
+        self._failed.set()
+
+    @property
+    def failure(self) -> str:
+        """Why the shard cannot go on; empty: it does."""
+        return self._service.gate.failure
+
+    def when_failed(self, call: Callable[[], None]) -> None:
+        """`call` is called from a thread of its own once the shard cannot go on; its health says so already."""
+
+        def watch() -> None:
+            self._failed.wait()
+            call()
+
+        threading.Thread(target=watch, name="shard failure", daemon=True).start()
 
     def _stop_rpc(self) -> None:
         self._rpc.stop(self._grace)

@@ -1,6 +1,7 @@
 """The shell around the state machine: locks, waiting and allocation.
 
-Every method is one request, raises EngridError, and is called from gRPC's threads.
+Every method is one request, raises EngridError, and is called from gRPC's threads. A `deadline` is on time.monotonic()'s
+clock: nobody waits longer, and a request whose caller has given up is not carried out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,27 +19,33 @@ from engrid.rpc.errors import (
     BadRequestError,
     CancelledError,
     DeadlineExceededError,
+    EngridError,
     OutOfMemoryError,
     RequestTooLargeError,
     StepNotReachedError,
+    WrongEpochError,
 )
-from engrid.rpc.frames import ids_from_bytes
+from engrid.rpc.frames import Ids, ids_from_bytes
 from engrid.rpc.wire import Request, new_reply
 from engrid.v1 import memory_pb2 as pb
 
-from . import loading
+from . import loading, requests
+from .applying import Applying
 from .bases import Bases
 from .checkpointing import Checkpointing
-from .config import ShardConfig, free_memory_bytes
-from .journal import Journal, Taken
-from .messages import Apply, PartitionKey, PartitionPush, Push
+from .config import MEMORY_SHARE, ShardConfig
+from .gate import LONGEST_WAIT, Gate
+from .journal import Journal, Logged, Taken
+from .memory import memory
+from .messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
 from .records import PushPart
-from .rows import AnyPartition, SealedPartition, refuse_empty
+from .rows import AnyPartition, SealedPartition, TableRows, refuse_empty
 from .sealed import SealedRows
 from .state_folder import StateFolder
 
 EXPORT_CHUNK_BYTES = 1 << 20
-MEMORY_SHARE = 0.8
+CONTROL_SECONDS = 10.0
+"""For which a call that only asks waits for the lock, which a disk that hangs may keep."""
 
 
 @dataclass
@@ -60,7 +67,7 @@ class ShardService:
     def __init__(self, config: ShardConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * free_memory_bytes())
+        self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * memory().free)
         self._folder = StateFolder(config.state, config.name) if config.state else None
         try:
             self.journal = Journal(config.name, self._folder.disk if self._folder else None)
@@ -68,37 +75,64 @@ class ShardService:
             self._close_folder()
             raise
         self._rows, self._core = self.journal.rows, self.journal.core
-        self._lock = threading.Lock()
-        self._stepped = threading.Condition(self._lock)
+        self.gate = Gate(config.name)
+        """The lock that the state machine is asked under."""
+        self._stepped = self.gate.stepped
+        lives_on = self.journal.log is not None
+        self._applying = Applying(config.name, self._rows, self.gate, self._applied, lives_on=lives_on)
         self._adopting = threading.Lock()
-        self._pausing = False
         self.saving = threading.Lock()
         """Held by whoever has snapshots of partitions; there can be one of each."""
         self.loading = threading.Lock()
-        """Held while rows come from outside and until they are kept: no run may begin on them before."""
+        """Held while rows come from outside and until they are kept: no run may begin on them before. Taken before `saving`,
+        and that before the gate."""
         self._bases = Bases(self)
-        self.checkpointing = Checkpointing(self, self._stepped)
+        self.checkpointing = Checkpointing(self)
 
     # -- lookup
 
     def lookup(self, request: Request, deadline: float, cancelled: Callable[[], bool]) -> bytes:
         """The LookupReply, rows gathered into it. deadline: on time.monotonic()'s clock."""
+        ids = [ids_from_bytes(item.row_ids, f"row ids of {item.table}") for item in request.tables]
+        while True:
+            if request.step:
+                self._wait_for_step(request, deadline, cancelled)
+            if time.monotonic() >= deadline:
+                raise DeadlineExceededError(f"shard {self.config.name}: the request's time was spent before the gather")
+            states, tables = self._states(request), self._tables(request)
+            reply = self._gather(request, tables, ids)
+            if list(map(id, self._states(request))) == list(map(id, states)):
+                break  # else other rows came meanwhile: some may be of the old ones, some of the new
         if request.run:
-            for item in request.tables:
-                self._core.check_made_by(item.table, request.run)
-        if request.step:
-            self._wait_for_step(request, deadline, cancelled)
-        if time.monotonic() >= deadline:
-            raise DeadlineExceededError(f"shard {self.config.name}: the request's time was spent before the gather")
-        placement = self._core.placement
-        wanted = []
+            self._tables(request)  # a run that began meanwhile changes the rows that are there
+        self.counters.lookups += 1
+        self.counters.rows += sum(map(len, ids))
+        self.counters.bytes += sum(
+            len(wanted) * table.spec.row_bytes for table, wanted in zip(tables, ids, strict=True)
+        )
+        return reply
+
+    def _tables(self, request: Request) -> list[TableRows]:
+        """What is asked for, checked. To be asked again after every wait, and once rows are gathered: a run may have begun,
+        or other rows have come, and those are not what was asked for. Takes no lock."""
+        self.gate.refuse_failed()
+        placement, found = self._core.placement, []
         for item in request.tables:
-            ids = ids_from_bytes(item.row_ids, f"row ids of {item.table}")
             if self._core.empty(item.table):
                 refuse_empty(self.config.name, item.table)
             self._core.check_epoch(item.table, request.epoch)
-            wanted.append((self._rows.table(item.table, item.row_bytes, placement), ids))
-        sizes = [len(ids) * table.spec.row_bytes for table, ids in wanted]
+            if request.run:
+                self._core.check_made_by(item.table, request.run)
+            found.append(self._rows.table(item.table, item.row_bytes, placement))
+        return found
+
+    def _states(self, request: Request) -> list[PartitionState]:
+        """Of live tables. Their identity tells one set of rows from the next: what comes from outside changes it before."""
+        names = {item.table for item in request.tables if "@" not in item.table}
+        return [state for (table, _), state in self._core.partitions.items() if table in names]
+
+    def _gather(self, request: Request, tables: Sequence[TableRows], ids: Sequence[Ids]) -> bytes:
+        sizes = [len(wanted) * table.spec.row_bytes for table, wanted in zip(tables, ids, strict=True)]
         if sum(sizes) > self.config.max_reply_bytes:
             raise RequestTooLargeError(
                 f"the reply would be {sum(sizes)} bytes, over shard {self.config.name}'s limit of "
@@ -107,53 +141,65 @@ class ShardService:
         live = [item.table for item in request.tables if "@" not in item.table]
         step = min((self._core.reached(table) for table in live), default=0)
         reply, views = new_reply(request.number, sizes, step)
-        for (table, ids), view in zip(wanted, views, strict=True):
-            table.gather(ids, view.reshape(len(ids), table.spec.row_bytes), placement.epoch if placement else 0)
-        self.counters.lookups += 1
-        self.counters.rows += sum(len(ids) for _, ids in wanted)
-        self.counters.bytes += sum(sizes)
+        for table, wanted, view in zip(tables, ids, views, strict=True):
+            out = view.reshape(len(wanted), table.spec.row_bytes)
+            table.gather(wanted, out, self._core.epoch)
         return reply
 
     def _wait_for_step(self, request: Request, deadline: float, cancelled: Callable[[], bool]) -> None:
-        tables = [item.table for item in request.tables]
+        def reached() -> int:
+            self._tables(request)
+            return min((self._core.reached(item.table) for item in request.tables), default=request.step)
 
-        def done() -> bool:
-            return cancelled() or all(self._core.reached(table) >= request.step for table in tables)
-
-        with self._stepped:
-            self._stepped.wait_for(done, max(0.0, deadline - time.monotonic()))
+        with self.gate.locked(deadline):
+            left = max(0.0, min(deadline - time.monotonic(), LONGEST_WAIT))
+            self._stepped.wait_for(lambda: cancelled() or reached() >= request.step, left)
             if cancelled():
                 raise CancelledError("cancelled by the client")
-            for table in tables:
-                reached = self._core.reached(table)
-                if reached < request.step:
-                    raise StepNotReachedError(
-                        f"table {table} on shard {self.config.name} is at step {reached}, the lookup needs "
-                        f"{request.step}; some worker has not pushed it",
-                        expected=reached,
-                    )
+            if reached() < request.step:
+                item = min(request.tables, key=lambda each: self._core.reached(each.table))
+                step = self._core.reached(item.table)
+                raise StepNotReachedError(
+                    f"table {item.table} on shard {self.config.name} is at step {step}, the lookup needs "
+                    f"{request.step}; some worker has not pushed it",
+                    expected=step,
+                )
 
     def wake(self) -> None:
         """Lets waiting lookups look again whether they are cancelled."""
-        with self._stepped:
-            self._stepped.notify_all()
+        self.gate.wake()
 
     # -- training
 
-    def begin_run(self, run: str, attempt: int, workers: int, tables: list[str]) -> int:
+    def begin_run(
+        self, run: str, attempt: int, workers: int, tables: list[str], token: str = "", *, deadline: float
+    ) -> int:
         """Last step applied, none being half applied; see ShardCore.begin_run."""
-        with self.loading:
-            with self.at_rest():
+        requests.check_begin_run(attempt, workers, tables)
+        with self.gate.hold(self.loading, deadline, "rows that are being loaded"):
+            with self.at_rest(deadline):
                 for table in tables:
                     if self._core.empty(table):
                         refuse_empty(self.config.name, table)
-                step, record = self.journal.begin_run(run, attempt, workers, tables)
+                with self._deciding("a run begun"):
+                    step, record = self.journal.begin_run(run, attempt, workers, tables, token)
             self.journal.wait_durable(record)
             return step
 
-    def push(self, request: pb.PushRequest) -> list[bool]:
+    def push(self, request: pb.PushRequest, *, deadline: float) -> list[bool]:
         """Checks every part, then takes all or none. Per part, whether it was new."""
         self._check_durable(durable=request.durable)
+        requests.check_push(request)
+        self._bases.wait_for_room(deadline)
+        with self._memory("take the push"):
+            push, came = self._read_push(request)
+            logged = self.journal.logged(push, came)
+        taken = self._take(push, logged, deadline)
+        self._finish(taken, request.run, durable=request.durable, deadline=deadline)
+        self.counters.pushes += sum(taken.new)
+        return list(taken.new)
+
+    def _read_push(self, request: pb.PushRequest) -> tuple[Push, list[PushPart]]:
         parts, came = [], []
         for part in request.partitions:
             key = (part.table, part.partition)
@@ -180,35 +226,60 @@ class ShardService:
             epoch=request.epoch,
             parts=parts,
         )
-        logged = self.journal.logged(push, came)
-        with self._not_pausing():
-            taken = self.journal.push(push, logged)
-        self._finish(taken, request.run, durable=request.durable)
-        self.counters.pushes += sum(taken.new)
-        return list(taken.new)
+        return push, came
 
-    def commit(self, request: pb.CommitRequest) -> None:
+    def _take(self, push: Push, logged: Logged | None, deadline: float) -> Taken:
+        """Once it is sure that what it has applied leaves numbers. To find out may take long, so it is not done under the
+        lock, and what was found out is looked at again under it."""
+        sure: set[Together] = set()
+        while True:
+            with self.gate.open(deadline):
+                with self._memory("take the push"):
+                    unsure = [each for each in self.journal.unsure(push) if each not in sure]
+                if not unsure:
+                    with self._deciding("a push taken"):
+                        taken = self.journal.push(push, logged)
+                        self._applying.decided(taken.applies)
+                        return taken
+            with self._memory("try the push"):
+                for each in unsure:
+                    self._rows.live(each.key).refuse_not_finite(push.step, each.learning_rate, each.gradients)
+            sure.update(unsure)
+
+    def commit(self, request: pb.CommitRequest, *, deadline: float) -> None:
         """See ShardCore.commit. Returns after what became ready is applied, and is on disk where that was asked for."""
         self._check_durable(durable=request.durable)
-        with self._not_pausing():
+        requests.check_count("step", request.step, 1)
+        with self.gate.open(deadline), self._deciding("a commit taken"):
             taken = self.journal.commit(request.run, request.attempt, request.worker, request.step, request.epoch)
-        self._finish(taken, request.run, durable=request.durable)
+            self._applying.decided(taken.applies)
+        self._finish(taken, request.run, durable=request.durable, deadline=deadline)
 
-    def _finish(self, taken: Taken, run: str, *, durable: bool) -> None:
-        self.journal.carry_out(taken.applies, self._applied)
-        if not taken.applies:
-            with self._stepped:  # a retry is answered no sooner than what it repeats: the next step may follow
-                self._stepped.wait_for(lambda: not self._core.is_applying_of(run))
+    def _finish(self, taken: Taken, run: str, *, durable: bool, deadline: float) -> None:
+        self._applying.carry_out(taken.applies)
+        # A retry is answered no sooner than what it repeats: the next step may follow.
+        self._wait_until_applied(taken.applies, run, deadline)
         if durable:
             self.journal.wait_durable(taken.record)
         self._bases.look()
 
+    def _wait_until_applied(self, applies: Sequence[Apply], run: str, deadline: float) -> None:
+        """These; where there are none, whatever is of the run."""
+
+        def done() -> bool:
+            return not (self._applying.is_pending(applies) if applies else self._core.is_applying_of(run))
+
+        while True:
+            with self.gate.locked(deadline):
+                self.gate.wait_for(lambda: self._applying.has_left or done(), deadline, f"run {run}'s step")
+                if done():
+                    return
+            self._applying.carry_out()
+
     def _applied(self, apply: Apply, touched: int) -> None:
+        self._core.applied(apply.key, apply.step)
         self.counters.pushed_rows += touched
-        with self._stepped:
-            self._core.applied(apply.key, apply.step)
-            self.counters.steps_applied += 1
-            self._stepped.notify_all()
+        self.counters.steps_applied += 1
 
     def _check_durable(self, *, durable: bool) -> None:
         if durable and self.journal.log is None:
@@ -216,34 +287,47 @@ class ShardService:
                 f"shard {self.config.name} keeps no log, so nothing can be durable; start it with --state FOLDER"
             )
 
+    @contextmanager
+    def _deciding(self, what: str) -> Iterator[None]:
+        """What stands in the log and what the state machine knows must not come to differ: nobody could tell."""
+        try:
+            yield
+        except EngridError:
+            raise
+        except BaseException as error:
+            self.gate.fail(f"{what} broke off: {error!r}")
+            self.gate.refuse_failed()
+            raise
+
+    @contextmanager
+    def _memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"shard {self.config.name} has no memory to {what}: {str(error) or 'none is left'}. Nothing was changed; make "
+                "room, then send it again"
+            ) from error
+
     # -- standing still
 
     @contextmanager
-    def _not_pausing(self) -> Iterator[None]:
-        """The lock, once nobody wants the shard to stand still."""
-        with self._stepped:
-            self._stepped.wait_for(lambda: not self._pausing)
-            yield
-
-    @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def at_rest(self, deadline: float) -> Iterator[None]:
         """The lock, with every Apply carried out: rows and state machine are of one moment. Keep it short."""
-        with self._stepped:
-            self._stepped.wait_for(lambda: not self._pausing)
-            self._pausing = True
-            try:
-                self._stepped.wait_for(lambda: not self._core.is_applying)
-                yield
-            finally:
-                self._pausing = False
-                self._stepped.notify_all()
+        while True:
+            if self._applying.has_left:
+                self._applying.carry_out()
+            with self.gate.at_rest(lambda: self._core.is_applying and not self._applying.has_left, deadline):
+                if not self._core.is_applying:
+                    yield
+                    return
 
     # -- placement
 
-    def adopt(self, placement: Placement, *, check_only: bool) -> int:
+    def adopt(self, placement: Placement, *, check_only: bool, deadline: float) -> int:
         """Serves the placement from now on; returns the bytes held under it. Refused: nothing changes."""
-        with self._adopting:
-            with self._lock:
+        with self.gate.hold(self._adopting, deadline, "another placement"):
+            with self.gate.locked(deadline):
                 adoption = self._core.plan_adoption(placement, time.monotonic())
             if adoption is None:
                 return self._rows.nbytes
@@ -255,9 +339,12 @@ class ShardService:
                 )
             if check_only:
                 return needed
-            added = self._rows.allocate(placement, adoption.added)
-            with self.at_rest():
-                record = self.journal.adopt(adoption, added)
+            with self._memory("hold the tables"):
+                added = self._rows.allocate(placement, adoption.added)
+            with self.at_rest(deadline):
+                self._core.plan_adoption(placement, time.monotonic())  # a reader may have come meanwhile
+                with self._deciding("a placement adopted"):
+                    record = self.journal.adopt(adoption, added)
             self.journal.wait_durable(record)
             return self._rows.nbytes
 
@@ -274,6 +361,7 @@ class ShardService:
 
     def close(self) -> None:
         """After the last call. What was acknowledged as durable is on disk already."""
+        self.gate.close()
         self._bases.close()
         if self.journal.log is not None:
             self.journal.log.close()
@@ -285,7 +373,7 @@ class ShardService:
 
     def describe(self) -> pb.DescribeReply:
         """The newest placement and where each partition stands."""
-        with self._lock:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             placement = self._core.placement
             reply = pb.DescribeReply(
                 shard=self.config.name,
@@ -311,7 +399,7 @@ class ShardService:
 
     def pin(self, request: pb.PinRequest) -> None:
         """See ShardCore.pin."""
-        with self._lock:
+        with self.gate.locked(time.monotonic() + CONTROL_SECONDS):
             self._core.pin(request.reader, list(request.tables), request.seconds, time.monotonic())
 
     # -- whole partitions
@@ -325,53 +413,93 @@ class ShardService:
             refuse_empty(self.config.name, key[0])
         return part.rows
 
-    def load(self, chunks: Iterator[pb.LoadChunk]) -> int:
+    def load(self, chunks: Iterator[pb.LoadChunk], *, deadline: float) -> int:
         """Overwrites one partition once all of its rows have come; returns their number."""
         first = next(chunks, None)
         if first is None:
             raise BadRequestError("load: the stream held no chunk")
+        requests.check_load(first)
         key: PartitionKey = (first.table, first.partition)
-        part = self._partition_to_load(key)
-        whole = itertools.chain([first], chunks)
+        part = self._partition_to_load(key, deadline)
+        whole = itertools.chain([first], self._checked_chunks(first, chunks))
         if isinstance(part, SealedPartition):
-            loading.receive_sealed(part, key, whole)
+            with self._memory(f"load {key[0]}[{key[1]}]"):
+                loading.receive_sealed(part, key, whole)
             with self._stepped:
+                self._refuse_replaced(key, part)
                 # No run's: a commit of the run that made them must not find them.
                 self.journal.loaded(key, first.step, "", 0, rows_kept=False)
             return part.stop - part.start
-        pieces = loading.receive(part, key, whole)
-        with self.loading:
-            with self.at_rest():  # a step decided before must not be applied to the rows that come
+        with self._memory(f"load {key[0]}[{key[1]}]"):
+            pieces = loading.receive(part, key, whole)
+        with self.gate.hold(self.loading, deadline, "other rows that are being loaded"), self.keeping_rows(deadline):
+            with self.at_rest(deadline):  # a step decided before must not be applied to the rows that come
+                self._refuse_replaced(key, part)
+                with self._deciding("a load"):
+                    self.journal.loading(key, first.step, first.run, first.attempt)
+            with self._memory(f"load {key[0]}[{key[1]}], which holds no rows now"):
                 loading.put(part, pieces)
-                self.journal.loaded(key, first.step, first.run, first.attempt, rows_kept=True)
-            self.keep_loaded_rows()
+            with self._stepped:
+                self._refuse_replaced(key, part)
+                self._core.loaded(key, first.step, first.run, first.attempt)
         return part.stop - part.start
 
-    def keep_loaded_rows(self) -> None:
-        """Rows that came from outside are in no log: a base that holds them makes them survive."""
-        if self.journal.log is not None:
-            self._bases.make()
+    @staticmethod
+    def _checked_chunks(first: pb.LoadChunk, chunks: Iterator[pb.LoadChunk]) -> Iterator[pb.LoadChunk]:
+        for chunk in chunks:
+            requests.check_chunk(first, chunk)
+            yield chunk
 
-    def _partition_to_load(self, key: PartitionKey) -> AnyPartition:
-        with self._adopting:
+    def _refuse_replaced(self, key: PartitionKey, part: AnyPartition) -> None:
+        """Under the lock: raises WrongEpochError if the table was dropped or made anew while its rows came."""
+        if not self._rows.holds(key) or self._rows.partition(key) is not part:
+            raise WrongEpochError(
+                f"{key[0]}[{key[1]}] on shard {self.config.name} was dropped or made anew while its rows came; load them again",
+                epoch=self._core.epoch,
+            )
+
+    @contextmanager
+    def keeping_rows(self, deadline: float) -> Iterator[None]:
+        """Rows that come from outside meanwhile are in no log: a base that holds them makes them survive, made at the end.
+        Its turn is waited for before anything is changed."""
+        if self.journal.log is None:
+            yield
+            return
+        with self.gate.hold(self.saving, deadline, "another save to end"):
+            self._bases.refuse_without_room()
+            yield
+            self._bases.make_in_turn()
+
+    def _partition_to_load(self, key: PartitionKey, deadline: float) -> AnyPartition:
+        with self.gate.hold(self._adopting, deadline, "a placement"):
             state = self._core.partitions.get(key)
             if state is not None and state.empty and self._core.placement is not None and not self._rows.holds(key):
-                made = self._rows.allocate(self._core.placement, [key])
-                with self._lock:
+                with self._memory(f"hold {key[0]}[{key[1]}]"):
+                    made = self._rows.allocate(self._core.placement, [key])
+                with self._stepped:
                     self._rows.replace(self._core.placement, made, [])
             return self._rows.partition(key)
 
     def export(self, request: pb.ExportRequest) -> Iterator[pb.ExportChunk]:
-        """Rows of one partition in order, about a MiB at a time."""
+        """Rows of one partition in order, about a MiB at a time. Raises WrongEpochError if other rows came meanwhile."""
         key = (request.table, request.partition)
         if self._core.empty(request.table):
             refuse_empty(self.config.name, request.table)
-        part = self._rows.partition(key)
-        per_chunk = request.rows_per_chunk or max(1, EXPORT_CHUNK_BYTES // part.rows.spec.row_bytes)
+        part, state = self._rows.partition(key), self._core.partitions.get(key)
+        run = state.run if state else ""
+        row_bytes = part.rows.spec.row_bytes
+        asked = request.rows_per_chunk or EXPORT_CHUNK_BYTES // row_bytes
+        per_chunk = max(1, min(asked, self.config.max_reply_bytes // row_bytes))
         count = part.stop - part.start
         for start in range(0, count, per_chunk):
+            self.gate.refuse_failed()
             raw = part.copy_out(start, min(start + per_chunk, count))
-            yield pb.ExportChunk(rows=raw, step=self._core.partitions[key].step)
+            if state is None or self._core.partitions.get(key) is not state or state.run != run:
+                raise WrongEpochError(
+                    f"{key[0]}[{key[1]}] on shard {self.config.name} got other rows while it was exported; export it again",
+                    epoch=self._core.epoch,
+                )
+            yield pb.ExportChunk(rows=raw, step=state.step)
 
 
 def _size(count: int) -> str:

@@ -4,6 +4,7 @@
     step-00000250/                  the same, of the rows touched since its base          incremental
     step-00000240.attempt-2/        the run resumed from 200 and went on
     .step-00000300.TOKEN.partial/   being written, or left by a process that died
+    .held.step-00000200             an empty file: somebody serves this one, so `keep` leaves it
 
 Shards and worker write into the partial folder, each forcing its own files to disk. Then one process writes the manifest
 and publishes: files and names durable first, then the rename, then the name of the whole. So a name without a dot is a
@@ -15,18 +16,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from engrid.tables import RowTable
 
 from .disk import Disk
 from .errors import CheckpointDamagedError, CheckpointError, CheckpointMissingError
-from .manifest import Manifest, WorkerFile
+from .manifest import CHECKPOINT_NAME, Manifest, WorkerFile
 from .partition import Array, restore
 
 MANIFEST = "manifest.json"
+_HELD = ".held."
 _READ_BYTES = 8 << 20
-_NAME = re.compile(r"step-(\d{8,})(?:\.attempt-(\d+))?")
 _TOKEN = re.compile(r"[A-Za-z0-9-]+")
 
 
@@ -43,7 +45,7 @@ class Checkpoints:
 
         token: told apart from other tries at the same checkpoint by it, whose writers may not all be dead.
         """
-        if not _NAME.fullmatch(name) or not _TOKEN.fullmatch(token):
+        if not CHECKPOINT_NAME.fullmatch(name) or not _TOKEN.fullmatch(token):
             raise ValueError(
                 f"checkpoint {name!r}, token {token!r}; give a checkpoint_name, and letters, digits and '-'"
             )
@@ -95,16 +97,22 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Of all checkpoints, oldest first: by attempt, then by step."""
-        found = [match for match in map(_NAME.fullmatch, self.disk.names("")) if match]
+        found = [match for match in map(CHECKPOINT_NAME.fullmatch, self.disk.names("")) if match]
         return [match[0] for match in sorted(found, key=lambda match: (int(match[2] or 1), int(match[1])))]
 
     def read(self, name: str) -> Manifest:
         """Raises CheckpointMissingError or CheckpointDamagedError."""
         path = f"{name}/{MANIFEST}"
-        if not self.disk.exists(path):
+        if "/" in name or name in ("", ".", "..") or not self.disk.exists(path):  # it lies in our folder, or not at all
             known = ", ".join(self.names()) or "none"
             raise CheckpointMissingError(f"no checkpoint {name}; there are: {known}")
-        return Manifest.from_bytes(self.disk.read(path), path)
+        try:
+            raw = self.disk.read(path)
+        except FileNotFoundError as error:
+            raise CheckpointMissingError(f"checkpoint {name} has just been removed") from error
+        except OSError as error:
+            raise CheckpointDamagedError(f"{path} cannot be read: {error}", [path]) from error
+        return Manifest.from_bytes(raw, path)
 
     def chain(self, name: str) -> list[Manifest]:
         """The manifests to restore from, in this order: a full one, then those that change it, up to `name`."""
@@ -192,6 +200,7 @@ class Checkpoints:
     def restore(self, chain: list[Manifest], table: RowTable) -> None:
         """Overwrites the rows of `table` and their state, bit for bit; the table may be any range, cut anew."""
         self.restore_arrays(chain, table.spec.name, table.start, table.stop, table.arrays())
+        table.measure()
 
     def restore_arrays(
         self, chain: list[Manifest], table: str, start: int, stop: int, into: Mapping[str, Array]
@@ -209,36 +218,65 @@ class Checkpoints:
 
     # -- removing
 
+    def hold(self, name: str) -> None:
+        """From here on `keep` leaves this checkpoint and its bases, until `release`. Raises OSError."""
+        if not self.disk.exists(f"{_HELD}{name}"):
+            with suppress(FileExistsError):
+                self.disk.create(f"{_HELD}{name}").close()
+            self.disk.sync_folder("")
+
+    def release(self, name: str) -> None:
+        """Takes back `hold`; one that is not held is none the worse."""
+        with suppress(OSError):
+            self.disk.remove(f"{_HELD}{name}")
+
     def keep(self, newest: int) -> list[str]:
-        """Removes all but the newest complete checkpoints and their bases; returns the names removed.
+        """Removes all but the newest complete checkpoints, those held, and the bases of both; returns the names removed.
 
         Those with a damaged manifest stay, and are not counted. What only half went before a crash has lost its name
-        already, and goes with `clean`.
+        already, and goes with `clean`; so does what cannot be removed, as a folder of somebody else's in it. Raises
+        OSError, once all that can go is gone, where a checkpoint that should go keeps its name.
         """
         if newest < 1:
             raise ValueError(f"newest is {newest}; keep at least one checkpoint")
         chains = list(self._complete())
-        needed = {manifest.name for chain in chains[:newest] for manifest in chain}
-        removed = [chain[-1].name for chain in chains if chain[-1].name not in needed]
-        for name in removed:
-            # Newest first, each name durably gone before the next: an increment never outlives its base.
-            self.disk.rename(name, f".{name}.removed")
-            self.disk.sync_folder("")
-        for name in removed:
-            self._remove(f".{name}.removed")
-        return removed
+        held = {name.removeprefix(_HELD) for name in self.disk.names("") if name.startswith(_HELD)}
+        stay = [chain for at, chain in enumerate(chains) if at < newest or chain[-1].name in held]
+        needed = {manifest.name for chain in stay for manifest in chain}
+        old = [chain[-1].name for chain in chains if chain[-1].name not in needed]
+        hidden: dict[str, str] = {}
+        try:
+            for name in old:
+                # Newest first, each name durably gone before the next: an increment never outlives its base.
+                hidden[name] = self._hidden(name)
+                self.disk.rename(name, hidden[name])
+                self.disk.sync_folder("")
+        finally:
+            for folder in hidden.values():
+                self._remove(folder)
+        return old
 
     def clean(self) -> None:
-        """Removes what unfinished saves and removals left. Not while a checkpoint is being written."""
+        """Removes what unfinished saves and removals left, as far as it can. Not while a checkpoint is being written."""
         for name in self.disk.names(""):
             if name.startswith(".step-") and name.endswith((".partial", ".removed")):
                 self._remove(name)
 
+    def _hidden(self, name: str) -> str:
+        """What a checkpoint is called while it is removed: a name that nothing left behind has."""
+        again = 0
+        while self.disk.exists(hidden := f".{name}.{again}.removed" if again else f".{name}.removed"):
+            again += 1
+        return hidden
+
     def _remove(self, folder: str) -> None:
-        for name in self.disk.names(folder):
-            path = f"{folder}/{name}"
-            if name == "tables":
-                self._remove(path)
-            else:
-                self.disk.remove(path)
-        self.disk.remove(folder)
+        """As much of it as can be removed; folders in it that are not ours stay."""
+        with suppress(OSError):
+            for name in self.disk.names(folder):
+                path = f"{folder}/{name}"
+                if name == "tables":
+                    self._remove(path)
+                else:
+                    with suppress(OSError):
+                        self.disk.remove(path)
+            self.disk.remove(folder)

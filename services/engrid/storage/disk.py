@@ -17,6 +17,7 @@ reads and later syncs still show as good: treat the file as lost until it is wri
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ class LocalDisk:
         return _LocalFile(path, self._at(path), 0)
 
     def rename(self, old: str, new: str) -> None:
-        assert _parent(old) == _parent(new), f"{old} -> {new}: a rename across folders is not one step to every disk"
+        if _parent(old) != _parent(new):  # not one step to every disk
+            raise OSError(errno.EXDEV, "a rename across folders", f"{old} -> {new}")
         self._at(old).replace(self._at(new))
 
     def remove(self, path: str) -> None:
@@ -142,8 +144,8 @@ class LocalDisk:
         return stat.f_bavail * stat.f_frsize
 
     def _at(self, path: str) -> Path:
-        assert not path.startswith("/"), path
-        assert ".." not in path.split("/"), path
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise OSError(errno.EINVAL, "the path leads out of its folder", path)
         return self.root / path
 
 

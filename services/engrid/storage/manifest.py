@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from engrid.tables import TableSpec, check_keys
+from engrid.tables import TableSpec, check_int, check_keys
 
 from .errors import CheckpointDamagedError, CheckpointError
+from .fields import check_hex, check_list, check_object, check_path, check_text
 from .partition import SavedPartition
 
 FORMAT = 2
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,18})(?:\.attempt-(\d{1,18}))?")
+"""Name of a checkpoint's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,11 @@ class WorkerFile:
     bytes: int
     sha256: str
     """In hex."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no file of ours is."""
+        check_int("bytes", self.bytes, 0, 1 << 63)
+        check_hex("sha256", self.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,24 @@ class Manifest:
     """The worker's own: the model's configuration, the position in the data. JSON, not looked into."""
 
     def __post_init__(self) -> None:
-        """Raises CheckpointError where tables and partitions do not make a whole."""
+        """Raises CheckpointError where tables and partitions do not make a whole, ValueError where a field is of no use."""
+        self._check_fields()
+        self._check_whole()
+
+    def _check_fields(self) -> None:
+        for name in ("run", "base"):
+            check_text(name, getattr(self, name))
+        for name in ("attempt", "step"):
+            check_int(name, getattr(self, name), 0, 1 << 63)
+        if self.base and not CHECKPOINT_NAME.fullmatch(self.base):
+            raise ValueError(f"base is {self.base!r}; give the name of a checkpoint, or none")
+        for name, spec in self.tables.items():
+            if spec.name != name:
+                raise ValueError(f"table {spec.name} is filed under {name!r}; use its own name")
+        for path in self.files:
+            check_path("file", path)
+
+    def _check_whole(self) -> None:
         for saved in self.partitions:
             where = f"{saved.table}[{saved.index}]"
             if saved.table not in self.tables:
@@ -114,6 +140,9 @@ class Manifest:
                 )
             del values["format"]
             check_keys("manifest", values, {field.name for field in fields(cls)})
+            check_list("partitions", values["partitions"])
+            for name in ("tables", "files", "about"):
+                check_object(name, values[name])
             return cls(
                 **values
                 | {
@@ -122,7 +151,7 @@ class Manifest:
                     "files": {path: WorkerFile(**file) for path, file in values["files"].items()},
                 }
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointDamagedError(f"{path} is not a manifest: {error}", [path]) from error
 
 

@@ -33,10 +33,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engrid.tables import check_keys
+from engrid.tables import check_int, check_keys
 
 from .disk import Disk
 from .errors import CheckpointDamagedError, CheckpointError
+from .fields import check_hex, check_list, check_object, check_path, check_text
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
@@ -63,6 +64,20 @@ class ArrayFile:
     blocks: tuple[int, ...]
     """crc32 of each block."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no array of ours is: what a file says of itself is believed no further."""
+        check_path("path", self.path)
+        if self.dtype not in _TYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; give one of {', '.join(_TYPES)}")
+        check_hex("sha256", self.sha256)
+        if not self.shape:
+            raise ValueError("shape is empty; give the number of rows first")
+        for each in self.shape:
+            check_int("shape", each, 0, 1 << 48)
+        check_int("bytes", self.bytes, 0, 1 << 63)
+        for each in self.blocks:
+            check_int("block", each, 0, 1 << 32)
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of this array."""
@@ -75,8 +90,10 @@ class ArrayFile:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ValueError for unknown or missing keys."""
+        """Raises ValueError for anything `to_json` does not return."""
         check_keys("array", values, {field.name for field in fields(cls)})
+        for name in ("shape", "blocks"):
+            check_list(name, values[name])
         return cls(**{**values, "shape": tuple(values["shape"]), "blocks": tuple(values["blocks"])})
 
 
@@ -102,6 +119,29 @@ class SavedPartition:
     """Rows of every block but the last."""
     arrays: Mapping[str, ArrayFile]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where numbers contradict each other, so that no file is read by them."""
+        for name in ("table", "base"):
+            check_text(name, getattr(self, name))
+        for name, low in (("index", 0), ("start", 0), ("stop", 1), ("step", 0), ("attempt", 0), ("block_rows", 1)):
+            check_int(name, getattr(self, name), low, 1 << 63)
+        for worker, seq in self.watermarks.items():
+            check_int("worker", worker, 0, 1 << 32)
+            check_int("watermark", seq, 0, 1 << 64)
+        if self.stop <= self.start or "rows" not in self.arrays or (self.base and "ids" not in self.arrays):
+            raise ValueError(f"rows {self.start}..{self.stop} in {sorted(self.arrays)}: that is no partition")
+        if not self.base and self.rows != self.stop - self.start:
+            raise ValueError(
+                f"{self.rows} rows are saved of {self.start}..{self.stop}, and no checkpoint before has others"
+            )
+        for name, array in self.arrays.items():
+            blocks = -(-self.rows // self.block_rows)
+            size = len(header(name, array.dtype, array.shape)) + self.rows * array.row_bytes
+            if (array.shape[0], len(array.blocks), array.bytes) != (self.rows, blocks, size):
+                raise ValueError(
+                    f"array {name} of {self.table}[{self.index}] is not of {self.rows} rows in {blocks} blocks"
+                )
+
     @property
     def rows(self) -> int:
         """Rows in the files."""
@@ -117,8 +157,10 @@ class SavedPartition:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ValueError for unknown or missing keys."""
+        """Raises ValueError for anything `to_json` does not return."""
         check_keys("partition", values, {field.name for field in fields(cls)})
+        for name in ("watermarks", "arrays"):
+            check_object(name, values[name])
         watermarks = {int(worker): seq for worker, seq in values["watermarks"].items()}
         arrays = {name: ArrayFile.from_json(array) for name, array in values["arrays"].items()}
         return cls(**{**values, "watermarks": watermarks, "arrays": arrays})
@@ -250,13 +292,22 @@ def restore(disk: Disk, folder: str, saved: SavedPartition, start: int, stop: in
                 at = first + saved.start - start
                 target[at : at + len(data)] = _typed(data, target)
         return
-    ids = np.empty(saved.rows, np.int64)
-    for first, data in _read(disk, folder, saved, "ids", 0, saved.rows):
-        ids[first : first + len(data)] = _typed(data, ids)
+    ids = _ids(disk, folder, saved)
     begin, end = (int(at) for at in np.searchsorted(ids, (low, high)))
     for name, target in into.items():
         for first, data in _read(disk, folder, saved, name, begin, end):
             target[ids[first : first + len(data)] - start] = _typed(data, target)
+
+
+def _ids(disk: Disk, folder: str, saved: SavedPartition) -> npt.NDArray[np.int64]:
+    ids = np.empty(saved.rows, np.int64)
+    for first, data in _read(disk, folder, saved, "ids", 0, saved.rows):
+        ids[first : first + len(data)] = _typed(data, ids)
+    if len(ids) and not (saved.start <= ids[0] and ids[-1] < saved.stop and np.all(ids[1:] > ids[:-1])):
+        raise _damaged(
+            f"{folder}/{saved.arrays['ids'].path}", f"holds ids that do not rise in {saved.start}..{saved.stop}"
+        )
+    return ids
 
 
 def _typed(data: Bytes, like: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -39,6 +38,13 @@ class WorkerConfig:
     """Map sealed tables of shards on this host, where that is possible."""
     cache_bytes: int = 64 << 20
     """For rows of sealed tables read over gRPC; 0: none."""
+    reply_timeout: float = 30.0
+    """Seconds a client may leave a reply untaken before its call is ended."""
+    models: int = 2
+    """Loaded at the same time, at most: those used last."""
+
+    def __post_init__(self) -> None:
+        check_int("models", self.models, 1, 2**31)
 
 
 def demo_model() -> ModelConfig:
@@ -68,8 +74,9 @@ class TrainConfig:
     """Name of the run; its tables are called RUN.engram.LAYER."""
     out: str
     """Folder for the corpus and the checkpoint, seen by all workers."""
-    text: str | None = None
-    """Folder of *.py files to train on; None: the standard library of the worker's Python."""
+    text: tuple[str, ...] = ()
+    """Folders and files of text to train on (.py, .txt, .md, .jsonl); one may be given as a string. None: the standard
+    library of the worker's Python."""
     memory: Memory = "remote"
     model: ModelConfig = field(default_factory=demo_model)
     steps: int = 300
@@ -80,7 +87,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     """Peak, of the dense weights."""
     table_learning_rate_ratio: float = 5.0
-    """Learning rate of rows over that of dense weights (engram.md, 7)."""
+    """Learning rate of rows over that of dense weights (docs/engram.md, 7)."""
     warmup: int = 20
     """Steps to the peak; a cosine to a tenth of it follows."""
     seed: int = 0
@@ -102,12 +109,30 @@ class TrainConfig:
     """Checkpoints that stay, the newest, and those they build on; 0: all."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
+    replace: bool = False
+    """Take the place of live tables that hold steps of another run of this name; else such a run is refused."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text", _texts(self.text))
         if not isinstance(self.run, str) or not NAME.fullmatch(self.run):
             raise ValueError(f"run {self.run!r}: give letters, digits, '.', '_' and '-', not starting with a sign")
+        if not isinstance(self.out, str) or not self.out:
+            raise ValueError(f"out is {self.out!r}; give a folder")
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory {self.memory!r}: give one of {', '.join(get_args(Memory))}")
+        if not isinstance(self.model, ModelConfig):
+            raise ValueError(f"model is {self.model!r}; give a ModelConfig")  # noqa: TRY004 - one error type for JSON
+        for name in ("durable", "save", "resume", "replace"):
+            if not isinstance(asdict(self)[name], bool):
+                raise ValueError(f"{name} is {asdict(self)[name]!r}; give true or false")  # noqa: TRY004
+        self._check_numbers()
+        if self.length > self.model.context:
+            raise ValueError(f"length {self.length} is over the model's context of {self.model.context}")
+        if self.memory != "off" and self.model.engram is None:
+            raise ValueError(f"memory is {self.memory!r}, but the model has no engram; give it one, or memory 'off'")
+
+    def _check_numbers(self) -> None:
+        values = asdict(self)
         for name, least in {
             "steps": 1,
             "batch": 1,
@@ -119,19 +144,22 @@ class TrainConfig:
             "full_every": 1,
             "keep": 0,
         }.items():
-            check_int(name, asdict(self)[name], least, 2**63)
+            check_int(name, values[name], least, 2**63)
         check_int("staleness", self.staleness, -1, MOST_STALENESS + 1)
         for name in ("learning_rate", "table_learning_rate_ratio"):
-            check_float(name, asdict(self)[name], 1e-30, math.inf)
-        if self.length > self.model.context:
-            raise ValueError(f"length {self.length} is over the model's context of {self.model.context}")
-        if self.memory != "off" and self.model.engram is None:
-            raise ValueError(f"memory is {self.memory!r}, but the model has no engram; give it one, or memory 'off'")
+            check_float(name, values[name], 1e-30, 1e30)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "model": self.model.to_json()}
+        return {**asdict(self), "text": list(self.text), "model": self.model.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         check_keys("TrainConfig", values, {each.name for each in fields(cls)})
         return cls(**{**values, "model": ModelConfig.from_json(values["model"])})
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    texts = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(each, str) and each for each in texts):
+        raise ValueError(f"text is {value!r}; give paths of folders and files, or none for the standard library")
+    return tuple(texts)

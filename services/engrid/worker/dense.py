@@ -47,21 +47,50 @@ def load_dense(saved: SavedModel, model: Transformer, optimizer: torch.optim.Opt
     """Puts weights and optimizer where they were, bit for bit. Raises CheckpointError."""
     _load_weights(saved, model)
     found: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in safetensors.torch.load(saved.read_file(OPTIMIZER)).items():
+    for name, value in _load_tensors(saved, OPTIMIZER).items():
         index, _, key = name.partition(".")
+        if not index.isdecimal():
+            raise CheckpointError(f"{saved.manifest.name}/{OPTIMIZER} holds {name!r}, which is of no parameter")
         found.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{saved.manifest.name}/{OPTIMIZER} does not match its manifest's model: {error}"
+        ) from error
 
 
 def load_model(saved: SavedModel, device: str) -> tuple[Transformer, Tokenizer]:
-    """Dense weights and tokenizer, checked against the manifest."""
+    """Dense weights and tokenizer, checked against the manifest. Raises CheckpointError."""
     model = Transformer(saved.model)
     _load_weights(saved, model)
-    return model.to(torch.device(device)).eval(), tokenizer_of(saved.read_file(TOKENIZER).decode())
+    return model.to(torch.device(device)).eval(), _load_tokenizer(saved)
+
+
+def _load_tokenizer(saved: SavedModel) -> Tokenizer:
+    name = f"{saved.manifest.name}/{TOKENIZER}"
+    content = saved.read_file(TOKENIZER)
+    try:
+        tokenizer = tokenizer_of(content.decode(), name)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is no UTF-8: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if (size := tokenizer.get_vocab_size(with_added_tokens=True)) != saved.model.vocab_size:
+        raise CheckpointError(f"{name} has {size} ids, the model of its checkpoint {saved.model.vocab_size}")
+    return tokenizer
+
+
+def _load_tensors(saved: SavedModel, name: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load(saved.read_file(name))
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{saved.manifest.name}/{name} is no safetensors file: {error}") from error
+    return tensors
 
 
 def _load_weights(saved: SavedModel, model: Transformer) -> None:
-    weights = safetensors.torch.load(saved.read_file(WEIGHTS))
+    weights = _load_tensors(saved, WEIGHTS)
     expected = model.state_dict()
     wrong = sorted(weights.keys() ^ expected.keys()) or [
         f"{name} {list(value.shape)}, not {list(expected[name].shape)}"

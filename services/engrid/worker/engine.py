@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +20,11 @@ from engrid.model.hashing import NgramHasher
 from engrid.model.lookup import Lookup
 from engrid.model.rows import PendingRows, RowSource
 from engrid.model.speculative import Drafts
+from engrid.storage.errors import CheckpointError
 
 from .dense import load_model
 from .remote_rows import RemoteRows
-from .saved_model import open_checkpoint
+from .saved_model import SavedModel
 from .sealed_tables import serve_tables
 
 
@@ -106,13 +106,12 @@ class _TimedPending:
 class Engine:
     """A checkpoint's model. Generations share it, one at a time per thread."""
 
-    def __init__(self, checkpoint: Path, client: MemoryClient | None, device: str) -> None:
+    def __init__(self, saved: SavedModel, client: MemoryClient | None, device: str) -> None:
         """Loads the dense weights, and the rows into sealed tables of the shards unless they hold them already.
 
-        client: None for a model without an Engram. Raises CheckpointError where the folder holds none.
+        client: None for a model without an Engram. Raises CheckpointError where a file is missing or damaged.
         """
-        self.saved = open_checkpoint(checkpoint)
-        self.checkpoint = str(checkpoint)
+        self.saved = saved
         self.model, self.tokenizer = load_model(self.saved, device)
         self._client, self._device = client, device
         self._canonical = CanonicalVocabulary(self.tokenizer)
@@ -121,10 +120,11 @@ class Engine:
         spec = self.saved.model.engram
         if spec is not None:
             assert client is not None
+            self._hasher = NgramHasher.over(spec, self._canonical)
+            check_tables(self.saved, self._hasher)
             pin = serve_tables(self.saved, client)
             weakref.finalize(self, pin.release).atexit = False
             self._tables = dict(zip(self.saved.tables, pin.tables, strict=True))
-            self._hasher = NgramHasher.over(spec, self._canonical)
             self._warm_up(self._hasher)
 
     def generate(
@@ -222,3 +222,14 @@ class Engine:
                 yield Trace(
                     self.tokenizer.decode([token], skip_special_tokens=False), layer, ngrams, gate[0, at].tolist()
                 )
+
+
+def check_tables(saved: SavedModel, hasher: NgramHasher) -> None:
+    """Raises CheckpointError unless the checkpoint's tables are those that its model's Engram addresses."""
+    spec = hasher.spec
+    theirs = {layer: (of.rows, of.width, of.row_format) for layer, of in saved.tables.items()}
+    ours = {layer: (of.rows, spec.row_width, spec.row_format) for layer, of in hasher.layers.items()}
+    if theirs != ours or len(saved.specs) != len(theirs):
+        raise CheckpointError(
+            f"checkpoint {saved.manifest.name} holds tables {theirs} (rows, width and format by layer), its model reads {ours}"
+        )

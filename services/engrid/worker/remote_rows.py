@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from engrid.client import MemoryClient, Pending, RowLookup, Traffic, TrainingRun
+from engrid.client import Attempt, MemoryClient, Pending, RowLookup, Traffic, TrainingRun
 from engrid.model.config import EngramSpec
 from engrid.model.lookup import Lookup
 from engrid.rpc.frames import Floats, Ids
@@ -41,23 +41,21 @@ class RemoteRows:
         self.tokens = 0
         """Positions looked up, per layer and order."""
 
-    def begin(
-        self, *, run: str, attempt: int, worker: int, workers: int, durable: bool = False, bounded: bool = True
-    ) -> int:
+    def begin(self, *, attempt: Attempt, worker: int, workers: int, durable: bool = False, bounded: bool = True) -> int:
         """Opens a training run on the tables; returns the step they are at.
 
         durable: as of TrainingRun. bounded: rows read hold the step pushed last; else whatever is there.
         """
         self._run = TrainingRun(
             self._client,
-            run=run,
+            run=attempt.run,
             attempt=attempt,
             worker=worker,
             workers=workers,
             tables=list(self._tables.values()),
             durable=durable,
         )
-        self._identity, self._step, self._bounded = run, self._run.step, bounded
+        self._identity, self._step, self._bounded = attempt.run, self._run.step, bounded
         return self._step
 
     def prefetch(self, lookups: Sequence[Lookup]) -> RemotePending:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from engrid.client import MemoryClient
-from engrid.client.checkpoints import newest_attempt
+from engrid.client import Attempt, MemoryClient
+from engrid.client.attempts import newest_attempt
 from engrid.storage.checkpoint import MANIFEST, Checkpoints
 from engrid.storage.disk import LocalDisk
+from engrid.storage.errors import CheckpointError
 
 from .config import TrainConfig
+from .corpus import Corpus, changes_since
 from .saved_model import FOLDER, SavedModel, open_checkpoint
 
-FREE = ("out", "text", "steps", "evaluations", "save", "checkpoint_every", "full_every", "keep", "resume", "durable")
+FREE = (
+    "out",
+    "text",
+    "steps",
+    "evaluations",
+    "save",
+    "checkpoint_every",
+    "full_every",
+    "keep",
+    "resume",
+    "replace",
+    "durable",
+)
 """What may differ from the run that is gone on with: the rest decides what the steps compute."""
 
 
@@ -27,8 +42,13 @@ class Start:
 
     saved: SavedModel | None
     """None: initial weights and rows."""
-    identity: str
-    attempt: int
+    attempt: Attempt
+    """The same on every rank."""
+
+    @property
+    def identity(self) -> str:
+        """Of the run."""
+        return self.attempt.run
 
     @property
     def step(self) -> int:
@@ -36,13 +56,14 @@ class Start:
         return self.saved.step if self.saved else 0
 
 
-def about(config: TrainConfig, corpus_digest: str, workers: int) -> dict[str, Any]:
+def about(config: TrainConfig, corpus: Corpus, workers: int) -> dict[str, Any]:
     """What a checkpoint says of the run, beside the rows and weights."""
     return {
         "run": config.run,
         "model": config.model.to_json(),
         "config": config.to_json(),
-        "corpus": corpus_digest,
+        "corpus": corpus.digest,
+        "text": corpus.about_text,
         "workers": workers,
     }
 
@@ -57,37 +78,60 @@ def start_anew(config: TrainConfig, identity: str) -> Start:
             f"{folder} holds checkpoints ({', '.join(names) or 'of an older engrid'}); go on from the newest with --resume, "
             "or give another --out"
         )
-    return Start(None, identity, 1)
+    return Start(None, Attempt(identity, 1, identity))  # as new as the run itself
 
 
-def resume(config: TrainConfig, corpus_digest: str, rank: int, workers: int, client: MemoryClient | None) -> Start:
+def resume(config: TrainConfig, corpus: Corpus, rank: int, workers: int, client: MemoryClient | None) -> Start:
     """The newest complete checkpoint, and an attempt that nobody had before; the same on every rank.
 
     Raises ValueError where it is of a run that computes something else, CheckpointError where there is none.
     """
     folder = Path(config.out) / FOLDER
-    chosen: list[Any] = ["", 0]
+    chosen: list[Any] = ["", 0, ""]
     if rank == 0:
         saved = open_checkpoint(folder)
+        if "config" not in saved.manifest.about:
+            raise CheckpointError(
+                f"checkpoint {saved.manifest.name} does not say how it was trained; it can be served only"
+            )
         seen = newest_attempt(client, saved.manifest.run) if client is not None else 0
-        chosen = [saved.manifest.name, saved.checkpoints.claim_attempt(max(seen, saved.manifest.attempt) + 1)]
+        number = saved.checkpoints.claim_attempt(max(seen, saved.manifest.attempt) + 1)
+        chosen = [saved.manifest.name, number, uuid.uuid4().hex]
     if workers > 1:
         dist.broadcast_object_list(chosen)
     saved = open_checkpoint(folder / chosen[0])
-    _check_same(config, saved, about(config, corpus_digest, workers))
-    return Start(saved, saved.manifest.run, chosen[1])
+    _check_same(config, saved, about(config, corpus, workers))
+    _check_text(config, saved, corpus)
+    return Start(saved, Attempt(saved.manifest.run, chosen[1], chosen[2]))
 
 
 def _check_same(config: TrainConfig, saved: SavedModel, ours: dict[str, Any]) -> None:
     theirs = saved.manifest.about
     ours = json.loads(json.dumps(ours))  # as it was written
     configs = {name: value for name, value in ours["config"].items() if name not in FREE}
-    different = [name for name, value in configs.items() if theirs["config"].get(name, value) != value]
-    different += [name for name in ("corpus", "workers") if theirs[name] != ours[name]]
+    different = [name for name, value in configs.items() if theirs["config"].get(name) != value]
+    different += [name for name in ("workers",) if theirs.get(name) != ours[name]]
     if different:
         raise ValueError(
             f"checkpoint {saved.manifest.name} was made with another {', '.join(different)}; resume with "
             "what it was made with, or begin a new run in another folder"
         )
-    if saved.step >= config.steps:
-        raise ValueError(f"run {saved.run} is at step {saved.step} already; give more steps to go on")
+    saved.check_goes_on(config.steps)
+
+
+def _check_text(config: TrainConfig, saved: SavedModel, corpus: Corpus) -> None:
+    """The tokens that were read just now against those that the checkpoint was trained on."""
+    about = saved.manifest.about
+    if about.get("corpus") == corpus.digest:
+        return
+    theirs, ours = about.get("text", {}), corpus.about_text
+    if theirs.get("digest") == ours["digest"]:
+        how = "the files are the same, but another tokenizer was learned from them (by another version of tokenizers?)"
+    else:
+        how = changes_since(Path(config.out), config.model.vocab_size, str(theirs.get("digest")), corpus.text) or (
+            f"{theirs.get('files')} files with {theirs.get('bytes')} bytes then, {ours['files']} with {ours['bytes']} now"
+        )
+    raise ValueError(
+        f"checkpoint {saved.manifest.name} was trained on another text (corpus): {how}. Put the files back as they were, or "
+        f"begin a new run in another folder. Now: {corpus.text.describe()}"
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +15,13 @@ import numpy as np
 import torch.distributed as dist
 
 from engrid.client import MemoryClient, create_tables
-from engrid.client.checkpoints import check_folder, restore_tables
+from engrid.client.checkpoints import check_folder, check_replaces, restore_tables
 from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import Memory
 from engrid.model.hashing import NgramHasher
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
-from engrid.rpc.errors import EngridError
+from engrid.rpc.errors import DeadlineExceededError, EngridError
 from engrid.tables import RowTable, TableSpec
 
 from .collisions import count_collisions, windows
@@ -31,6 +32,7 @@ from .remote_rows import RemoteRows
 from .resume import Start, about, resume, start_anew
 from .saved_model import FOLDER
 from .saving import Saver
+from .stopping import Stopping
 from .tables import table_name, table_specs
 from .trainer import Batches, Step, TrainableRows, Trainer, summary, validation_loss
 
@@ -39,6 +41,9 @@ CURVE_TOKENS = 8192
 LAST_TOKENS = 98_304
 """Validation tokens of its last point, which is the loss reported; no more than were trained on."""
 RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
+MEET_TIMEOUT = timedelta(seconds=2)
+"""Of one try to reach worker 0."""
+MEET_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Progress:
     """Something to tell the user."""
 
     phase: str = ""
+    notice: str = ""
+    """Something to keep: a line of its own."""
     step: Step | None = None
     result: dict[str, Any] | None = None
 
@@ -68,53 +75,96 @@ class Place:
             raise ValueError(f"rank {self.rank} of {self.workers} workers: ranks are 0..{self.workers - 1}")
 
 
-def train(config: TrainConfig, place: Place, connect: Callable[[], MemoryClient], device: str) -> Iterator[Progress]:
+def train(
+    config: TrainConfig,
+    place: Place,
+    connect: Callable[[], MemoryClient],
+    device: str,
+    stopping: Stopping | None = None,
+) -> Iterator[Progress]:
     """Trains, yielding what happens; closing the iterator stops it. The last Progress holds the result.
 
     A checkpoint that could not be saved is told in a Progress and training goes on, but for the last one, which raises.
+    stopping: ends the run from another thread: after the step under way, which is saved then, or at once, which raises
+    CancelledError.
 
     Rank 0 makes the tables, writes the checkpoint and measures; the others yield a result of their steps alone.
     """
+    stopping = stopping or Stopping()
     if config.memory == "off":
         config = replace(config, model=replace(config.model, engram=None))
     if config.memory == "in_process" and place.workers > 1:
         raise ValueError("tables in process serve one worker; use memory 'remote' for more")
     out = Path(config.out)
     yield Progress(phase="learning the tokenizer and encoding the text")
-    text = Path(config.text) if config.text else None
-    corpus = prepare(out, vocab_size=config.model.vocab_size, root=text)
+    roots = [Path(each) for each in config.text]
+    corpus = prepare(out, vocab_size=config.model.vocab_size, roots=roots, stopping=stopping)
+    if place.rank == 0:
+        yield Progress(
+            notice=f"{corpus.text.describe()}; {corpus.files[0]} documents to train on, {corpus.files[1]} to validate"
+        )
     with ExitStack() as stack:
-        stack.enter_context(process_group(place))
+        stack.enter_context(process_group(place, stopping))
         check_same_text(corpus, place)
         yield Progress(phase="making the tables")
-        client = stack.enter_context(connect()) if config.memory == "remote" else None
+        client = None
+        if config.memory == "remote":
+            client = stack.enter_context(connect())
+            stack.enter_context(stopping.cutting(client.close))
         if config.resume:
-            start = resume(config, corpus.digest, place.rank, place.workers, client)
+            start = resume(config, corpus, place.rank, place.workers, client)
         else:
             start = start_anew(config, place.identity)
-        setup = _Setup(config, place, corpus, client, device, start)
+        setup = _Setup(config, place, corpus, client, device, start, stopping)
         if setup.saver is not None:
             stack.callback(setup.saver.close)
         yield from _steps(config, place, corpus, setup)
 
 
 @contextmanager
-def process_group(place: Place) -> Iterator[None]:
-    """torch.distributed over gloo, where there are several workers."""
+def process_group(place: Place, stopping: Stopping) -> Iterator[None]:
+    """torch.distributed over gloo, where there are several workers. Raises CancelledError while it waits for them."""
     if place.workers == 1:
         yield
         return
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://{place.rendezvous}",
-        rank=place.rank,
-        world_size=place.workers,
-        timeout=RENDEZVOUS_TIMEOUT,
-    )
+    store = _meet(place, stopping)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.workers, timeout=RENDEZVOUS_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(place: Place, stopping: Stopping) -> Any:
+    """The store that all workers of a run share, once all have come. Raises DeadlineExceededError where one does not."""
+    host, _, port = place.rendezvous.rpartition(":")
+    until = time.monotonic() + RENDEZVOUS_TIMEOUT.total_seconds()
+    store: Any = None
+    while store is None:
+        stopping.check()
+        try:
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                host, int(port), place.workers, place.rank == 0, timeout=MEET_TIMEOUT, wait_for_workers=False
+            )
+        except dist.DistNetworkError:
+            if place.rank == 0:
+                raise  # the port is taken
+        except dist.DistStoreError:
+            if time.monotonic() > until:
+                raise
+        if store is None and time.monotonic() > until:
+            raise DeadlineExceededError(f"worker 0 does not answer at {place.rendezvous}; is its machine reachable?")
+    store.set_timeout(RENDEZVOUS_TIMEOUT)
+    here = [f"here-{rank}" for rank in range(place.workers)]
+    store.set(here[place.rank], "")
+    while missing := [name for name in here if not store.check([name])]:
+        if time.monotonic() > until:
+            raise DeadlineExceededError(
+                f"workers {', '.join(name.removeprefix('here-') for name in missing)} did not come within "
+                f"{RENDEZVOUS_TIMEOUT.total_seconds():g} s"
+            )
+        stopping.wait(MEET_POLL_SECONDS)
+    return store
 
 
 def check_same_text(corpus: Corpus, place: Place) -> None:
@@ -141,8 +191,9 @@ class _Setup:
         client: MemoryClient | None,
         device: str,
         start: Start,
+        stopping: Stopping,
     ) -> None:
-        self.client, self.start = client, start
+        self.client, self.start, self.stopping = client, start, stopping
         self.saver: Saver | None = None
         saves = place.rank == 0 and (config.save or config.checkpoint_every > 0)
         if saves and client is not None:
@@ -160,12 +211,13 @@ class _Setup:
             self.memory = Memory(self.canonical, hasher, self.rows)
         batches = Batches(config, corpus, place.rank, place.workers)
         rows: TrainableRows | None = self.rows
-        self.trainer = Trainer(config, model, batches, memory=self.memory, rows=rows, workers=place.workers)
+        self.trainer = Trainer(
+            config, model, batches, memory=self.memory, rows=rows, workers=place.workers, stopping=stopping
+        )
         if start.saved is not None:
             load_dense(start.saved, model, self.trainer.optimizer)
             if place.rank == 0:
-                with suppress(OSError):  # what an older attempt is still writing goes the next time
-                    start.saved.checkpoints.clean()
+                start.saved.checkpoints.clean()  # what an older attempt is still writing goes the next time
         if saves:
             self.saver = self._open_saver(config, place, corpus)
 
@@ -174,8 +226,8 @@ class _Setup:
         return Saver(
             Path(config.out) / FOLDER,
             run=self.start.identity,
-            attempt=self.start.attempt,
-            about=about(config, corpus.digest, place.workers),
+            attempt=self.start.attempt.number,
+            about=about(config, corpus, place.workers),
             tokenizer=corpus.tokenizer.to_str(),
             client=self.client,
             tables={spec.name: here.get(layer) for layer, spec in self.specs.items()},
@@ -202,6 +254,8 @@ class _Setup:
                     saved.checkpoints.restore(list(saved.chain), table)
             return InProcessTables(tables)
         if place.rank == 0:
+            if not config.replace:
+                check_replaces(self.client, [spec.name for spec in self.specs.values()], self.start.identity)
             if saved is not None:
                 restore_tables(self.client, Path(config.out) / FOLDER, saved.manifest, attempt=self.start.attempt)
             else:
@@ -213,7 +267,6 @@ class _Setup:
         names = {layer: table_name(config.run, layer) for layer in self.specs}
         rows = RemoteRows(self.client, config.model.engram, names, device=device)
         step = rows.begin(
-            run=self.start.identity,
             attempt=self.start.attempt,
             worker=place.rank,
             workers=place.workers,
@@ -231,23 +284,43 @@ def _steps(config: TrainConfig, place: Place, corpus: Corpus, setup: _Setup) -> 
     for step in setup.trainer.steps(after=setup.start.step):
         done.append(step)
         if problem := _save_if_due(config, setup, step.step):
-            yield Progress(phase=problem)
+            yield Progress(notice=problem)
         yield Progress(step=step)
         if place.rank == 0 and step.step in evaluate_at and step.step < config.steps:
-            loss = validation_loss(model, setup.memory, corpus, length=config.length, limit=CURVE_TOKENS)
+            loss = validation_loss(
+                model, setup.memory, corpus, length=config.length, limit=CURVE_TOKENS, stopping=setup.stopping
+            )
             curve.append((step.step, loss))
     result = summary(config, done, place.workers)
-    traffic = setup.traffic_per_token()
-    if place.rank == 0 and config.evaluations:
+    stopped = done[-1].step < config.steps
+    if stopped:
+        result["stopped"] = True
+    elif place.rank == 0 and config.evaluations:
         yield Progress(phase="reading the validation files")
-        limit = min(LAST_TOKENS, config.steps * config.batch * config.length * place.workers)
-        loss = validation_loss(model, setup.memory, corpus, length=config.length, limit=limit)
-        result |= {"validation_loss": loss, "curve": [*curve, (config.steps, loss)]}
-        result |= _facts(corpus, setup) | traffic
-    if config.save and setup.saver is not None:
+        result |= _measure(config, place, corpus, setup, curve)
+    if setup.saver is not None and (config.save or stopped):
         yield Progress(phase="saving the checkpoint")
-        _save_last(config, setup, setup.saver, result)
+        result["checkpoint"] = str(
+            Path(config.out) / FOLDER / _save_last(setup, setup.saver, done[-1].step, stopped=stopped)
+        )
+        if not stopped:
+            content = json.dumps({**result, "config": config.to_json()}, indent=1)
+            (Path(config.out) / "result.json").write_text(content, encoding="utf-8")
+        if problem := setup.saver.take_notice():
+            yield Progress(notice=problem)
     yield Progress(result=result)
+
+
+def _measure(
+    config: TrainConfig, place: Place, corpus: Corpus, setup: _Setup, curve: list[tuple[int, float]]
+) -> dict[str, Any]:
+    """Validation loss after the last step, and what the run read and fetched."""
+    traffic = setup.traffic_per_token()
+    limit = min(LAST_TOKENS, config.steps * config.batch * config.length * place.workers)
+    loss = validation_loss(
+        setup.trainer.model, setup.memory, corpus, length=config.length, limit=limit, stopping=setup.stopping
+    )
+    return {"validation_loss": loss, "curve": [*curve, (config.steps, loss)], **_facts(corpus, setup), **traffic}
 
 
 def _save_if_due(config: TrainConfig, setup: _Setup, step: int) -> str:
@@ -259,15 +332,16 @@ def _save_if_due(config: TrainConfig, setup: _Setup, step: int) -> str:
         setup.saver.begin(step, setup.trainer.model, setup.trainer.optimizer)
     except (EngridError, OSError) as error:
         return f"a checkpoint was not saved: {error}"
-    return ""
+    return setup.saver.take_notice()
 
 
-def _save_last(config: TrainConfig, setup: _Setup, saver: Saver, result: dict[str, Any]) -> None:
-    """All rows in one: it is what the model is served from."""
+def _save_last(setup: _Setup, saver: Saver, step: int, *, stopped: bool) -> str:
+    """The name of the checkpoint of the last step. At the end of a run it holds all rows: it is what the model is served
+    from; of a run that was stopped it may hold what changed, which is quick."""
     saver.close()
-    saver.begin(config.steps, setup.trainer.model, setup.trainer.optimizer, full=True)
-    result["checkpoint"] = str(Path(config.out) / FOLDER / saver.wait())
-    (Path(config.out) / "result.json").write_text(json.dumps({**result, "config": config.to_json()}, indent=1))
+    if saver.step != step:
+        saver.begin(step, setup.trainer.model, setup.trainer.optimizer, full=not stopped)
+    return saver.wait()
 
 
 def _facts(corpus: Corpus, setup: _Setup) -> dict[str, Any]:

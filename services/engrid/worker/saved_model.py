@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engrid.directory import Version
 from engrid.model.config import ModelConfig
 from engrid.storage.checkpoint import MANIFEST, Checkpoints
 from engrid.storage.disk import LocalDisk
@@ -32,12 +33,13 @@ WEIGHTS, OPTIMIZER, TOKENIZER = "model.safetensors", "optimizer.safetensors", "t
 
 
 @dataclass(frozen=True)
-class SavedModel:
-    """A checkpoint that holds a model, and those whose rows it changes."""
+class SavedRows:
+    """A checkpoint, with or without a model, and those whose rows it changes."""
 
     checkpoints: Checkpoints
     chain: Sequence[Manifest]
-    model: ModelConfig
+    path: Path
+    """Of the checkpoint, absolute."""
     run: str
     """Name of the run; its tables carry it."""
 
@@ -51,9 +53,9 @@ class SavedModel:
         return self.manifest.step
 
     @property
-    def tables(self) -> dict[int, TableSpec]:
-        """Of each Engram layer, in their order."""
-        return {spec.layer: spec for spec in sorted(self.manifest.tables.values(), key=lambda spec: spec.layer)}
+    def specs(self) -> list[TableSpec]:
+        """Of its tables, in the order of their layers."""
+        return sorted(self.manifest.tables.values(), key=lambda spec: (spec.layer, spec.name))
 
     @property
     def version(self) -> str:
@@ -61,9 +63,34 @@ class SavedModel:
         digests = "".join(manifest.digest for manifest in self.chain)
         return f"{self.step}-{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
 
+
+@dataclass(frozen=True)
+class SavedModel(SavedRows):
+    """A checkpoint that holds a model."""
+
+    model: ModelConfig
+
+    @property
+    def model_name(self) -> str:
+        """Tells the model from all others, those of runs of the same name too."""
+        return f"{self.run}@{self.version}"
+
+    @property
+    def tables(self) -> dict[int, TableSpec]:
+        """Of each Engram layer, in their order."""
+        return {spec.layer: spec for spec in self.specs}
+
     def read_file(self, name: str) -> bytes:
         """Raises CheckpointError, which names the file, where it is missing or damaged."""
         return self.checkpoints.read_file(self.manifest, name)
+
+    def check_goes_on(self, steps: int) -> None:
+        """Raises ValueError unless a run of so many steps has some left to do."""
+        if self.step >= steps:
+            raise ValueError(
+                f"run {self.run} is at step {self.step} already, and {steps} steps were asked for; give --steps with more "
+                f"than {self.step} to go on"
+            )
 
 
 def open_checkpoint(path: Path) -> SavedModel:
@@ -71,21 +98,61 @@ def open_checkpoint(path: Path) -> SavedModel:
 
     Raises CheckpointError where there is none, or one of another format.
     """
+    checkpoints, chain, path = _find(path, having=WEIGHTS)
+    manifest = chain[-1]
+    about = manifest.about
+    if WEIGHTS not in manifest.files or "model" not in about or "run" not in about:
+        raise CheckpointError(f"checkpoint {manifest.name} holds rows alone, no model; name another one")
+    try:
+        return SavedModel(checkpoints, chain, path, str(about["run"]), ModelConfig.from_json(about["model"]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointDamagedError(f"{path}: {manifest.name} is not of a model we know: {error}") from error
+
+
+def open_rows(path: Path) -> SavedRows:
+    """As open_checkpoint, but any checkpoint does, one of rows alone too. Its run is that which its tables are named after."""
+    checkpoints, chain, path = _find(path)
+    manifest = chain[-1]
+    named = {name.partition(".engram.")[0] for name in manifest.tables}
+    run = str(manifest.about.get("run") or (named.pop() if len(named) == 1 else manifest.run))
+    return SavedRows(checkpoints, chain, path, run)
+
+
+def open_published(run: str, version: Version) -> SavedModel:
+    """The model whose rows a published version holds. Raises CheckpointError where its dense weights are not to be found."""
+    what = f"version {version.name} of run {run}"
+    if not version.checkpoint:
+        raise CheckpointMissingError(
+            f"{what} was published without a checkpoint, so it has no dense weights; publish one"
+        )
+    path = Path(version.checkpoint)
+    try:
+        saved = open_checkpoint(path)
+    except CheckpointMissingError as error:
+        raise CheckpointMissingError(
+            f"{what} was published from {path}, which is not there any more, so its dense weights are lost; publish "
+            "another checkpoint, or go back to an earlier version (engrid versions --rollback)"
+        ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} cannot be generated with: {error}") from error
+    if saved.version != version.name:
+        raise CheckpointError(
+            f"{what} was published from {path}, which now holds version {saved.version}; publish it, or restore the folder"
+        )
+    return saved
+
+
+def _find(path: Path, having: str = "") -> tuple[Checkpoints, list[Manifest], Path]:
     path = path.resolve()
     one = (path / MANIFEST).exists()
     if not path.is_dir():
         raise CheckpointMissingError(f"{path} holds no checkpoint; train one, or name another folder")
     checkpoints = Checkpoints(LocalDisk(path.parent if one else path))
-    chain = checkpoints.chain(path.name) if one else checkpoints.latest(having=WEIGHTS)
+    chain = checkpoints.chain(path.name) if one else checkpoints.latest(having=having)
     if not chain:
-        raise CheckpointMissingError(f"{path} holds no checkpoint of a model; train one, or name another folder")
-    manifest = chain[-1]
-    if one and path.name != manifest.name:
-        raise CheckpointError(f"{path} holds checkpoint {manifest.name}; give the folder that name")
-    try:
-        model, run = ModelConfig.from_json(manifest.about["model"]), str(manifest.about["run"])
-    except KeyError as error:
-        raise CheckpointError(f"checkpoint {manifest.name} holds rows alone, no model; name another one") from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointDamagedError(f"{path}: {manifest.name} is not of a model we know: {error}") from error
-    return SavedModel(checkpoints, chain, model, run)
+        of_a_model = " of a model" if having else ""
+        raise CheckpointMissingError(f"{path} holds no checkpoint{of_a_model}; train one, or name another folder")
+    name = chain[-1].name
+    if one and path.name != name:
+        raise CheckpointError(f"{path} holds checkpoint {name}; give the folder that name")
+    return checkpoints, chain, path if one else path / name

@@ -65,6 +65,9 @@ class Saver:
         self._base, self._since_full = base, 0 if not base else 1
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._notice = ""
+        self.step = 0
+        """Of the newest checkpoint saved here."""
 
     def begin(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, *, full: bool = False) -> None:
         """Holds everything as it is after `step`; writes it in the background. Waits for the save before, if need be.
@@ -76,8 +79,9 @@ class Saver:
         save = self._open(step, base)
         try:
             dense = Dense.copy(model, optimizer)
-            self._thread = threading.Thread(target=self._write, args=(save, dense, base), name="engrid checkpoint")
-            self._thread.start()
+            thread = threading.Thread(target=self._write, args=(save, dense, base, step), name="engrid checkpoint")
+            thread.start()
+            self._thread = thread
         except BaseException:
             save.abandon()
             raise
@@ -94,7 +98,7 @@ class Saver:
 
     def close(self) -> None:
         """Waits, and says nothing of what went wrong."""
-        with suppress(EngridError, OSError):
+        with suppress(Exception):
             self.wait()
 
     def _open(self, step: int, base: str) -> _Save:
@@ -110,7 +114,12 @@ class Saver:
             )
         return _SaveHere(self._folder, self._run, self._attempt, step, self._tables)
 
-    def _write(self, save: _Save, dense: Dense, base: str) -> None:
+    def take_notice(self) -> str:
+        """What went wrong beside the checkpoints themselves, once: old ones that could not be removed."""
+        notice, self._notice = self._notice, ""
+        return notice
+
+    def _write(self, save: _Save, dense: Dense, base: str, step: int) -> None:
         try:
             try:
                 contents = {**dense.files(), TOKENIZER: self._tokenizer.encode()}
@@ -118,12 +127,16 @@ class Saver:
             except BaseException:
                 save.abandon()
                 raise
-            self._base = save.finish(files, self._about).name
+            self._base, self.step = save.finish(files, self._about).name, step
             self._since_full = self._since_full + 1 if base else 1
-            if self._keep:
-                Checkpoints(LocalDisk(self._folder)).keep(self._keep)
-        except (EngridError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits raises it
             self._error = error
+            return
+        if self._keep:
+            try:
+                Checkpoints(LocalDisk(self._folder)).keep(self._keep)
+            except (EngridError, OSError) as error:
+                self._notice = f"old checkpoints stay: {error}"
 
 
 class _SaveHere:

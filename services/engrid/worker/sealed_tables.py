@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engrid.client import MemoryClient, Pin, create_tables, load_partition, spread_placement
+from engrid.client import (
+    MemoryClient,
+    Pin,
+    create_tables,
+    load_partition,
+    prune_versions,
+    publish_version,
+    spread_placement,
+)
 from engrid.directory import EpochConflictError, Version
 from engrid.rpc.errors import BadRequestError, ShardUnavailableError
+from engrid.storage.checkpoint import Checkpoints
+from engrid.storage.disk import LocalDisk
 from engrid.tables import TableSpec
 
-from .saved_model import SavedModel
+from .saved_model import SavedRows
 from .tables import sealed_spec
 
 READ_BYTES = 64 << 20
@@ -21,15 +33,15 @@ SENT_BYTES = 1 << 20
 MAKE_ATTEMPTS = 5
 
 
-def serve_tables(saved: SavedModel, client: MemoryClient) -> Pin:
+def serve_tables(saved: SavedRows, client: MemoryClient) -> Pin:
     """Puts the checkpoint's rows into sealed tables, over however many shards there are, and returns them pinned.
 
     Those that hold them already stay as they are; the live tables of the run are not touched. The tables come in the
     order of the layers. Raises CheckpointDamagedError before anything is made.
     """
-    sealed = {layer: sealed_spec(spec, saved.version) for layer, spec in saved.tables.items()}
+    sealed = {spec.name: sealed_spec(spec, saved.version) for spec in saved.specs}
     client.connections.refresh()
-    pin = client.pins.of_tables(Version(saved.version, tuple(spec.name for spec in sealed.values())))
+    pin = client.pins.of_tables(version_of(saved))
     try:
         _load_sealed(saved, client, sealed)
     except BaseException:
@@ -38,16 +50,52 @@ def serve_tables(saved: SavedModel, client: MemoryClient) -> Pin:
     return pin
 
 
-def _load_sealed(saved: SavedModel, client: MemoryClient, sealed: Mapping[int, TableSpec]) -> None:
-    wanted = {layer: spec for layer, spec in sealed.items() if not _is_loaded(spec, client)}
+def version_of(saved: SavedRows) -> Version:
+    """What a checkpoint is published as."""
+    names = tuple(sealed_spec(spec, saved.version).name for spec in saved.specs)
+    return Version(saved.version, names, str(saved.path))
+
+
+def publish(saved: SavedRows, client: MemoryClient, run: str) -> list[str]:
+    """Makes the checkpoint's rows the run's current version, and drops what nobody needs any more; returns tables dropped.
+
+    The checkpoint is held until its version is dropped, as the dense weights that belong to the version are in it alone.
+    """
+    with serve_tables(saved, client):
+        with suppress(OSError):  # where we cannot write, no run removes it either
+            saved.checkpoints.hold(saved.manifest.name)
+        publish_version(client, run, version_of(saved))
+        return prune(client, run)
+
+
+def prune(client: MemoryClient, run: str) -> list[str]:
+    """As prune_versions; checkpoints that were held for versions that are gone now may go."""
+    before = _published_from(client)
+    dropped = prune_versions(client, run)
+    for path in before - _published_from(client):
+        if path.parent.is_dir():
+            Checkpoints(LocalDisk(path.parent)).release(path.name)
+    return dropped
+
+
+def _published_from(client: MemoryClient) -> set[Path]:
+    client.connections.refresh()
+    if not client.connections.epoch:
+        return set()
+    versions = [version for of in client.placement.versions.values() for version in of]
+    return {Path(version.checkpoint) for version in versions if version.checkpoint}
+
+
+def _load_sealed(saved: SavedRows, client: MemoryClient, sealed: Mapping[str, TableSpec]) -> None:
+    wanted = {name: spec for name, spec in sealed.items() if not _is_loaded(spec, client)}
     if wanted:
         saved.checkpoints.check_rows(list(saved.chain))
         client.connections.refresh()
         _make_tables(client, list(wanted.values()))
         client.pins.renew()
-        for layer, spec in wanted.items():
+        for name, spec in wanted.items():
             for part in client.placement.partitions[spec.name]:
-                chunks = _row_chunks(saved, saved.tables[layer], part.start, part.stop)
+                chunks = _row_chunks(saved, saved.manifest.tables[name], part.start, part.stop)
                 load_partition(client, spec.name, part.index, chunks, step=saved.step, run=saved.manifest.run)
 
 
@@ -78,7 +126,7 @@ def _is_loaded(spec: TableSpec, client: MemoryClient) -> bool:
         return False  # it may be back elsewhere, without its rows
 
 
-def _row_chunks(saved: SavedModel, spec: TableSpec, start: int, stop: int) -> Iterator[bytes]:
+def _row_chunks(saved: SavedRows, spec: TableSpec, start: int, stop: int) -> Iterator[bytes]:
     """Rows [start, stop) as they are after the last of the chain."""
     read_rows, sent_rows = (max(1, size // spec.row_bytes) for size in (READ_BYTES, SENT_BYTES))
     for first in range(start, stop, read_rows):

@@ -20,7 +20,7 @@ def sealed_spec(spec: TableSpec, version: str) -> TableSpec:
 
 
 def table_specs(run: str, hasher: NgramHasher, *, trained: bool = True) -> dict[int, TableSpec]:
-    """Spec of each Engram layer's table. trained: with Adam (engram.md, 7); else read only."""
+    """Spec of each Engram layer's table. trained: with Adam (docs/engram.md, 7); else read only."""
     spec: EngramSpec = hasher.spec
     return {
         layer: TableSpec(

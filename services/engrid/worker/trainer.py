@@ -37,6 +37,7 @@ from engrid.model.transformer import Transformer
 
 from .config import TrainConfig
 from .corpus import Corpus
+from .stopping import Stopping
 
 Windows = npt.NDArray[np.int64]
 
@@ -150,8 +151,12 @@ class Trainer:
         memory: Memory | None,
         rows: TrainableRows | None,
         workers: int,
+        stopping: Stopping | None = None,
     ) -> None:
         """memory reads through `rows`, which also takes the gradients; both None without an Engram."""
+        self._stopping = stopping or Stopping()
+        self._finishing = False
+        """Whether any worker was asked to stop: the same on all, as the all-reduce says so."""
         self._config, self.model, self._batches = config, model, batches
         self._memory, self._rows, self._workers = memory, rows, workers
         self.optimizer = torch.optim.AdamW(
@@ -163,12 +168,14 @@ class Trainer:
     def steps(self, after: int = 0) -> Iterator[Step]:
         """Trains, yielding after each step: weights, their optimizer and the rows are then those after it.
 
-        after: the step that they are those of now.
+        after: the step that they are those of now. Ends early, after the same step on all workers, once one is told to
+        finish; raises CancelledError once told to end at once.
         """
         ahead = abs(self._config.staleness)
         asked = collections.deque([self._fetch(after + 1)])
         last = self._config.steps
         for step in range(after + 1, last + 1):
+            self._stopping.check()
             started = time.perf_counter()
             self.model.train()
             asked.extend(self._fetch(other) for other in range(step + len(asked), min(step + ahead, last) + 1))
@@ -177,10 +184,12 @@ class Trainer:
             lag = step - 1 - self._rows.read_step if isinstance(self._rows, Stepped) else 0
             rate = self.learning_rate(step)
             self._push(step, batch, rate * self._config.table_learning_rate_ratio)
-            if not asked and step < last:
+            if not asked and step < last and not self._finishing:
                 asked.append(self._fetch(step + 1))
             self._dense_step(rate)
             yield Step(step, loss, time.perf_counter() - started, self._waits.take(), self._pushes.take(), lag)
+            if self._finishing:
+                return
 
     def learning_rate(self, step: int) -> float:
         """Linear to the peak over the warmup, then a cosine to a tenth of it."""
@@ -212,19 +221,22 @@ class Trainer:
         return self._reduce(float(loss.detach()))
 
     def _reduce(self, loss: float) -> float:
-        """Averages dense gradients, loss and expert loads over the workers, in one message."""
+        """Averages dense gradients, loss and expert loads over the workers, and asks who is to stop, in one message."""
         loads = self.model.expert_loads()
+        asked = self._stopping.finishing
+        self._finishing = asked
         if self._workers > 1:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             flat = torch.cat(
-                [*(gradient.flatten() for gradient in gradients), loads.flatten(), loads.new_tensor([loss])]
+                [*(gradient.flatten() for gradient in gradients), loads.flatten(), loads.new_tensor([loss, asked])]
             )
             dist.all_reduce(flat)
             flat /= self._workers
-            pieces = torch.split(flat, [*(gradient.numel() for gradient in gradients), loads.numel(), 1])
+            pieces = torch.split(flat, [*(gradient.numel() for gradient in gradients), loads.numel(), 2])
             for gradient, piece in zip(gradients, pieces, strict=False):
                 gradient.copy_(piece.view_as(gradient))
-            loads, loss = pieces[-2].view_as(loads), float(pieces[-1])
+            loads, loss = pieces[-2].view_as(loads), float(pieces[-1][0])
+            self._finishing = bool(pieces[-1][1] > 0)
         self.model.balance(loads)
         return loss
 
@@ -248,8 +260,19 @@ class Trainer:
 
 
 @torch.inference_mode()
-def validation_loss(model: Transformer, memory: Memory | None, corpus: Corpus, *, length: int, limit: int) -> float:
-    """Nats per token over at most `limit` tokens, in windows of `length` spread evenly over the validation text."""
+def validation_loss(
+    model: Transformer,
+    memory: Memory | None,
+    corpus: Corpus,
+    *,
+    length: int,
+    limit: int,
+    stopping: Stopping | None = None,
+) -> float:
+    """Nats per token over at most `limit` tokens, in windows of `length` spread evenly over the validation text.
+
+    Raises CancelledError once `stopping` says so.
+    """
     model.eval()
     text = corpus.validation
     length = min(length, len(text) - 1)
@@ -257,6 +280,8 @@ def validation_loss(model: Transformer, memory: Memory | None, corpus: Corpus, *
     chosen = all_starts[np.linspace(0, len(all_starts) - 1, max(1, min(len(all_starts), limit // length))).astype(int)]
     total = 0.0
     for first in range(0, len(chosen), 8):
+        if stopping is not None:
+            stopping.check()
         starts = chosen[first : first + 8]
         windows = text[starts[:, None] + np.arange(length + 1)].astype(np.int64)
         pending = memory.prefetch(windows[:, :-1])[0] if memory else None

@@ -23,13 +23,13 @@ class Kernels(Protocol):
     """What both modules give. Tensors of one call lie on one device; `...` is any number of dimensions."""
 
     def row_ids(self, grams: Tensor, multipliers_N: Tensor, primes_OK: Tensor, offsets_OK: Tensor) -> Tensor:
-        """Row ids int64 [..., H] of grams int64 [N, ...] (engram.md, 4).
+        """Row ids int64 [..., H] of grams int64 [N, ...] (docs/engram.md, 4).
 
         Ids are not negative (dead tokens are pad ids by now) and no product overflows.
         """
 
     def dequantise(self, raw_UB: Tensor, inverse_TH: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values [T, H, 256], float32 or bfloat16, of rows uint8 [U, 264] (engram.md, 8).
+        """Values [T, H, 256], float32 or bfloat16, of rows uint8 [U, 264] (docs/engram.md, 8).
 
         inverse_TH: int64, which of the U rows stands at each place; -1, a dead position, gives zeros. Any other value
         outside 0..U-1 never gives zeros: a ValueError from the reference, NaN from the kernel, which does not make the
@@ -45,7 +45,7 @@ class Kernels(Protocol):
         key_weight_MD: Tensor,
         dead: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Gates [..., M] and u = gate * v [..., M, D] of h and keys [..., M, D] and values [..., D] (engram.md, 6).
+        """Gates [..., M] and u = gate * v [..., M, D] of h and keys [..., M, D] and values [..., D] (docs/engram.md, 6).
 
         The weights are the norms' of h and of the keys. dead: bool [...], True where the gate is 0. Differentiable.
         """
