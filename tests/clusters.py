@@ -31,7 +31,7 @@ def engrid(*arguments, timeout=120, env=None):
     )
 
 
-def start_engrid(*arguments):
+def start_engrid(*arguments, env=None):
     """Starts one command in a process group of its own, as a shell does."""
     return subprocess.Popen(
         [*ENGRID, *map(str, arguments)],
@@ -39,7 +39,7 @@ def start_engrid(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(env or {})},
         start_new_session=True,
         # A shell that runs the tests in the background leaves SIGINT ignored, and a child would ignore it too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
@@ -51,14 +51,13 @@ def succeeded(done):
     return done.stdout
 
 
-def engrid_processes():
-    """Every process of this machine that a Ray of Engrid's started."""
-    mark = f"{MARK}=".encode()
+def engrid_processes(mark=f"{MARK}="):
+    """Every process of this machine that a Ray of Engrid's started, or that has another mark in its environment."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if mark in (entry / "environ").read_bytes():
+                if mark.encode() in (entry / "environ").read_bytes():
                     found.add(int(entry.name))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 
 from engrid.cluster.config import Record
 from tests.clusters import engrid_processes, start_engrid
@@ -16,8 +17,8 @@ def interrupt_demo(out, stage, number=signal.SIGINT):
 
     Fails unless the demo ends by itself with code 130 and takes all it started with it.
     """
-    before = engrid_processes()
-    demo = start_engrid("demo", "--out", out, "--steps", 100_000)
+    mark = uuid.uuid4().hex  # others on this machine may start Rays meanwhile
+    demo = start_engrid("demo", "--out", out, "--steps", 100_000, env={"STARTED_BY_TEST": mark})
     try:
         until = time.monotonic() + 120
         while not stage(record_of(out)):
@@ -38,7 +39,7 @@ def interrupt_demo(out, stage, number=signal.SIGINT):
     finally:
         demo.kill()
         demo.communicate()
-    assert engrid_processes() - before == set()
+    assert engrid_processes(f"STARTED_BY_TEST={mark}") == set()
     assert record_of(out) is None, "nothing is left to take down"
 
 

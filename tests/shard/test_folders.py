@@ -10,7 +10,7 @@ import pytest
 
 from engrid.client import MemoryClient, TrainingRun, create_tables
 from engrid.client.checkpoints import check_folder
-from engrid.directory import FileDirectory
+from engrid.directory import FileDirectory, file
 from engrid.rpc.errors import BadRequestError
 from engrid.shard.config import ShardConfig
 from engrid.shard.folders import CheckpointFolders, check_name
@@ -89,9 +89,18 @@ def test_owner_of_the_run_directory_gives_more(run, tmp_path):
     FileDirectory(run).allow_folder(tmp_path / "outer")
     assert (run / "checkpoint-folders").read_text().count("\n") == 1
     of.disk(str(tmp_path / "outer"))
+    assert (run / "checkpoint-folders").stat().st_mode & 0o777 == 0o600
     (run / "checkpoint-folders").chmod(0o622)
     with pytest.raises(BadRequestError, match="not given"):
         of.disk(str(tmp_path / "outer"))
+
+
+def test_folders_that_are_gone_make_room_for_new_ones(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(file, "_MOST_FOLDERS", 4)
+    for name in ("given", "gone", "gone/a", "gone/b", "outer", "given2"):
+        FileDirectory(run).allow_folder(tmp_path / name)
+    kept = [tmp_path / name for name in ("given", "outer", "given2")]
+    assert FileDirectory(run).allowed_folders() == kept
 
 
 @pytest.mark.parametrize("damage", ["{", '"/"\n"relative"', "[]\n", '"\\ud800"\n', "\xff"])

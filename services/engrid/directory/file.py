@@ -38,7 +38,7 @@ from .records import ShardRecord, check_epoch_rises, check_name_is_free, check_r
 _LOCK_SECONDS = 10.0
 _LOCK_POLL_SECONDS = 0.005
 _FOLDERS = "checkpoint-folders"
-_MOST_FOLDERS_BYTES = 1 << 20
+_MOST_FOLDERS, _MOST_FOLDERS_BYTES = 1000, 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,17 @@ class FileDirectory:
         no more than that user may do. Raises DirectoryUnavailableError."""
         real = folder.resolve()
         with self._locked():
-            if real not in self.allowed_folders():
-                descriptor = os.open(
-                    self._folder / _FOLDERS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
-                )
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(f"{json.dumps(str(real))}\n")
+            allowed = self.allowed_folders()
+            if real in allowed:
+                return
+            if len(allowed) >= _MOST_FOLDERS:
+                allowed = [each for each in allowed if each.is_dir()][-_MOST_FOLDERS // 2 :]
+            beside = self._folder / f"{_FOLDERS}.tmp"
+            beside.unlink(missing_ok=True)
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(str(each))}\n" for each in (*allowed, real))
+            beside.replace(self._folder / _FOLDERS)
 
     def allowed_folders(self) -> list[Path]:
         """What was allowed, each as it was then; none where somebody else may write the list."""
