@@ -10,9 +10,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from engrid.rpc.server import check_health
+from engrid.v1 import compute_pb2
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker import models
 from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.server import pools
 from tests.shards import local_shards
 from tests.worker.conftest import (
     LINE,
@@ -46,6 +48,11 @@ def test_health_and_reflection_answer(worker):
     assert "engrid.v1.ComputeService" in reflected.get_services()
     methods = reflected.FindFileContainingSymbol("engrid.v1.ComputeService").service[0].method
     assert [method.name for method in methods] == ["LoadModel", "Generate", "Train", "StopTraining", "Describe"]
+
+
+def test_every_call_has_threads():
+    methods = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"].methods
+    assert {method.name for method in methods} == set().union(*(pool.methods for pool in pools(1.0)))
 
 
 def test_generate_before_a_model_is_loaded_is_refused(worker):

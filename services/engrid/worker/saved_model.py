@@ -147,12 +147,13 @@ def _find(path: Path, having: str = "") -> tuple[Checkpoints, list[Manifest], Pa
     one = (path / MANIFEST).exists()
     if not path.is_dir():
         raise CheckpointMissingError(f"{path} holds no checkpoint; train one, or name another folder")
+    if one:
+        name = Manifest.from_bytes((path / MANIFEST).read_bytes(), f"{path.name}/{MANIFEST}").name
+        if path.name != name:
+            raise CheckpointError(f"{path} holds checkpoint {name}; give the folder that name")
     checkpoints = Checkpoints(LocalDisk(path.parent if one else path))
     chain = checkpoints.chain(path.name) if one else checkpoints.latest(having=having)
     if not chain:
         of_a_model = " of a model" if having else ""
         raise CheckpointMissingError(f"{path} holds no checkpoint{of_a_model}; train one, or name another folder")
-    name = chain[-1].name
-    if one and path.name != name:
-        raise CheckpointError(f"{path} holds checkpoint {name}; give the folder that name")
-    return checkpoints, chain, path if one else path / name
+    return checkpoints, chain, path if one else path / chain[-1].name

@@ -27,7 +27,7 @@ def pools(patience: float) -> list[Pool]:
         # One trains at a time; a second is there to be refused by name.
         Pool(name="trainings", methods=frozenset({"Train"}), threads=2, waiting=4, patience=patience),
         Pool(name="loads of a model", methods=frozenset({"LoadModel"}), threads=2, waiting=16, patience=patience),
-        Pool(name=CONTROL, methods=frozenset({"Describe"}), threads=16, waiting=256, patience=2.0),
+        Pool(name=CONTROL, methods=frozenset({"Describe", "StopTraining"}), threads=16, waiting=256, patience=2.0),
     ]
 
 
