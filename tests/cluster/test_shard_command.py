@@ -185,7 +185,8 @@ def hints_of(callback):
 
 
 def kinds(hint):
-    return {hint.__origin__, *get_args(hint.__origin__)} if hasattr(hint, "__metadata__") else set()
+    """The types in an annotation, however deep."""
+    return {hint}.union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
 
 
 @pytest.mark.parametrize(

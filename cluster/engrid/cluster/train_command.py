@@ -43,8 +43,8 @@ def train(
     memory: Annotated[str | None, typer.Option(help="remote, in_process, or off (no Engram).")] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            help='Folder or file to train on: .py, .txt, .md, or .jsonl with a "text" per line. Again for more.',
+        path_option(
+            'Folder or file to train on: .py, .txt, .md, or .jsonl with a "text" per line. Again for more.',
             show_default="Python's standard library",
         ),
     ] = None,
