@@ -28,6 +28,8 @@ TRAIN_TIMEOUT = 24 * 3600.0
 """Seconds a training call may take."""
 STOP_POLL = 0.2
 STOP_TIMEOUT = 5.0
+OTHERS_TIMEOUT = 2.0
+"""Seconds that the other ranks have to fail too, after the first that was heard of."""
 
 
 def run_training(
@@ -65,12 +67,21 @@ def run_training(
             stack.callback(call.cancel)
         ranks = [threads.submit(_follow, call, [on_progress] if call is calls[0] else []) for call in calls]
         _wait(ranks, asked_to_stop, lambda: _stop(stubs, identity))
-        # Where one rank fails the others fail after it, with less to say.
-        for (name, address), done in zip(workers, ranks, strict=True):
-            error = done.exception() if done.done() else None
-            if isinstance(error, grpc.RpcError):
-                raise with_cure(record, config, from_rpc(error, f"{name} at {address}")) from error
+        found = _errors_of(ranks)
+        if found:
+            rank, error = found[0]
+            name, address = workers[rank]
+            raise with_cure(record, config, from_rpc(error, f"{name} at {address}")) from error
         return ranks[0].result()
+
+
+def _errors_of(ranks: Sequence[Future[dict[str, Any]]]) -> list[tuple[int, grpc.RpcError]]:
+    """Ranks that failed, those that can say why first: the others fail after them, of a connection that was lost."""
+    if any(rank.done() and rank.exception() for rank in ranks):
+        wait(ranks, timeout=OTHERS_TIMEOUT)
+    failed = ((index, rank.exception()) for index, rank in enumerate(ranks) if rank.done())
+    found = [(index, error) for index, error in failed if isinstance(error, grpc.RpcError)]
+    return sorted(found, key=lambda each: "gloo" in str(each[1]))
 
 
 def _wait(ranks: Sequence[Future[dict[str, Any]]], asked: Callable[[], bool], stop: Callable[[], None]) -> None:
