@@ -1,4 +1,4 @@
-# Five words: install | lint | test | bench | demo.  Each sets up what it needs; a second call finds it done.
+# Words: install | lint | test | e2e | faults | bench | demo.  Each sets up what it needs; a second call finds it done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,9 @@ STEPS ?=
 BENCH ?= marks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install lint test faults bench demo stubs redis peers clean
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: install lint test e2e faults bench demo stubs redis peers clean
 
 install: $(VENV)/.installed
 
@@ -38,10 +40,14 @@ lint: install
 	$(BIN)/lint-imports
 
 test: install $(STUBS)/.installed redis
-	$(BIN)/python -m pytest -m "not faults"
+	$(PYTEST) -m "not e2e and not faults"
+
+# What starts clusters, trains or times.
+e2e: install redis
+	$(PYTEST) -m "e2e and not faults"
 
 faults: install redis
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 # Mooncake, one of the systems we are measured beside, links to the libraries named.
 peers: install redis

@@ -74,6 +74,7 @@ def test_model_measures_every_way_to_the_rows(tmp_path):
     assert all(line["values"][0] > 0 for line in rates)
 
 
+@pytest.mark.e2e
 def test_marks_are_flat_and_complete_where_peers_are_missing(tmp_path, no_peers):
     printed, found = bench("marks", tmp_path / "marks.json", "--group", "data", env=no_peers)
     assert found.keys() >= DATA_MARKS
@@ -83,6 +84,7 @@ def test_marks_are_flat_and_complete_where_peers_are_missing(tmp_path, no_peers)
     assert "not measured: " in printed
 
 
+@pytest.mark.e2e
 def test_marks_of_training_are_flat_and_complete(tmp_path):
     _, found = bench("marks", tmp_path / "train.json", "--group", "train")
     assert all(found[name] > 0 for name in TRAIN_MARKS)

@@ -20,6 +20,8 @@ from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, start_engrid, succeeded, tiny_training
 from tests.shards import made_by, table
 
+pytestmark = pytest.mark.e2e
+
 
 def command_line(pid):
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()

@@ -18,6 +18,8 @@ from engrid.cluster.ray_head import processes_with, ray_environment
 from tests.clusters import ENVIRONMENT, engrid, succeeded
 from tests.shards import shard_process, table
 
+pytestmark = pytest.mark.e2e
+
 DEAD_PROXY = {
     name: "http://127.0.0.1:1"
     for each in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")

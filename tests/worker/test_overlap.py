@@ -22,11 +22,13 @@ from tests.model.conftest import small_config, small_spec
 from tests.model.test_transformer import Identity
 from tests.shards import local_shards
 
+pytestmark = pytest.mark.e2e
+
 LAYERS = 0.15
 """Seconds that the slow layers take together."""
 DELAY = 0.12
 """Seconds a lookup takes; less than the layers."""
-ROUNDS = 7
+ROUNDS = 5
 IDS = np.random.default_rng(0).integers(0, 40, (1, 20))
 
 

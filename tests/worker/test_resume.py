@@ -31,6 +31,8 @@ from tests.worker.conftest import (
     worker_stub,
 )
 
+pytestmark = pytest.mark.e2e
+
 STEPS = 16
 
 

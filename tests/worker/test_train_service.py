@@ -29,6 +29,8 @@ from tests.worker.conftest import (
     within,
 )
 
+pytestmark = pytest.mark.e2e
+
 
 def result_of(call):
     return json.loads(list(call)[-1].result)

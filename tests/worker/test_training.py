@@ -33,6 +33,8 @@ from tests.worker.conftest import (
     within,
 )
 
+pytestmark = pytest.mark.e2e
+
 
 @dataclasses.dataclass
 class Reference:
