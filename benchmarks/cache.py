@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.text import STANDARD_LIBRARY, WINDOW, Text
-from engrid.client.cache import AGE_PERIOD, Column, KeyCache, Plan
-from engrid.client.cache_sets import BOOKKEEPING_BYTES
-from engrid.model.config import PRESETS
+from engrid.addressing.spec import PRESETS
+from engrid.client.cache.key_cache import AGE_PERIOD, Column, KeyCache, Plan
+from engrid.client.cache.sets import BOOKKEEPING_BYTES
 from engrid.rpc.frames import row_view
 
 HEADS = PRESETS["paper"].heads

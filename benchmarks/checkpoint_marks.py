@@ -20,11 +20,12 @@ from benchmarks.common import start_shards
 from benchmarks.data_marks import Figures
 from benchmarks.measure import Scale
 from benchmarks.train_marks import Pusher, adam_table, demo_config, table_rows
-from engrid.client import MemoryClient, create_tables
-from engrid.client.checkpoints import CheckpointSave, restore_tables
+from engrid.client import MemoryClient
+from engrid.control.checkpoints import CheckpointSave, restore_tables
+from engrid.control.tables import create_tables
 from engrid.storage.manifest import Manifest
-from engrid.worker.run import Place, train
 from engrid.worker.saved_model import FOLDER
+from engrid.worker.train.run import Place, train
 
 TABLE = "t"
 PAUSE_S = 0.05

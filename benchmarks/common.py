@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from engrid.client import MemoryClient, create_tables, load_partition
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables, load_partition
 from engrid.tables import RowTable, TableSpec
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from benchmarks.load import Clients
 from benchmarks.measure import Sample, Scale, latencies, ratios, rows_of, uniform_steps
 from benchmarks.paths import Engrid
 from benchmarks.peers import KINDS, UNCACHED, Ours, compare
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 
 REQUEST = 8192
 """Rows in one bulk request."""

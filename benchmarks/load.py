@@ -20,7 +20,7 @@ from benchmarks.common import cpu_seconds, start
 from benchmarks.measure import IN_FLIGHT, Sample, drive, rate, rows_of, uniform_steps
 from benchmarks.paths import Engrid
 from engrid.client import ClientConfig, MemoryClient
-from engrid.rpc.allocator import keep_buffers
+from engrid.host.allocator import keep_buffers
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from benchmarks.paths import Engrid, Flat, Local, Naive
 from benchmarks.peers import UNCACHED
 from benchmarks.report import Line, check_output, finish
 from benchmarks.text import Text, head_rows, text_table
-from engrid.client import MemoryClient, create_tables
-from engrid.rpc.allocator import keep_buffers
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
+from engrid.host.allocator import keep_buffers
 from engrid.tables import RowTable, TableSpec
 
 LOCAL, PRODUCT = "in process", "Engrid"

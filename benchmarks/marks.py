@@ -16,7 +16,7 @@ from benchmarks.measure import Scale
 from benchmarks.report import Line, check_output, draw, show, write
 from benchmarks.text_marks import text
 from benchmarks.train_marks import durability, pushes, training
-from engrid.rpc.allocator import keep_buffers
+from engrid.host.allocator import keep_buffers
 
 Part = Callable[[ExitStack, Scale, Figures], None]
 

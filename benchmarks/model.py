@@ -20,21 +20,21 @@ import torch
 from benchmarks.common import about, load_sealed, start_shards
 from benchmarks.measure import Scale, ratios
 from benchmarks.report import Line, check_output, finish
+from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.hashing import NgramHasher
+from engrid.addressing.lookup import Ids
 from engrid.client import ClientConfig, MemoryClient
-from engrid.model.canonical import CanonicalVocabulary
+from engrid.host.allocator import keep_buffers
 from engrid.model.generate import PREFILL_CHUNK, Decoder, Memory
-from engrid.model.hashing import NgramHasher
-from engrid.model.lookup import Ids
 from engrid.model.rows import InProcessTables, RowSource
 from engrid.model.transformer import Transformer
-from engrid.rpc.allocator import keep_buffers
 from engrid.tables import RowTable
 from engrid.worker.config import demo_model
-from engrid.worker.corpus import prepare
-from engrid.worker.engine import TimedRows
-from engrid.worker.remote_rows import RemoteRows
-from engrid.worker.tables import sealed_spec, table_specs
-from engrid.worker.text import standard_library
+from engrid.worker.rows.remote import RemoteRows
+from engrid.worker.rows.tables import sealed_spec, table_specs
+from engrid.worker.serve.engine import TimedRows
+from engrid.worker.train.corpus import prepare
+from engrid.worker.train.text import standard_library
 
 LOCAL = "in process"
 GRPC, UNCACHED, SHARED = "gRPC, cache", "gRPC, no cache", "shared memory"

@@ -26,8 +26,9 @@ from benchmarks.common import FP8_ROW_BYTES, HEADS, ROW_BYTES, about, bench_tabl
 from benchmarks.measure import IN_FLIGHT, Sample, Scale, Step, gathered, latencies, rate, ratios, uniform_steps
 from benchmarks.paths import ByIds, Engrid, Flat
 from benchmarks.report import Line, check_output, finish
-from engrid.client import ClientConfig, MemoryClient, create_tables
-from engrid.rpc.allocator import keep_buffers
+from engrid.client import ClientConfig, MemoryClient
+from engrid.control.tables import create_tables
+from engrid.host.allocator import keep_buffers
 from engrid.tables import RowTable, TableSpec
 
 UNCACHED = ClientConfig(shared_memory=False, cache_bytes=0)

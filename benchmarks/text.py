@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.common import FP8_ROW_BYTES, ROW_BYTES, bench_table
 from benchmarks.measure import Step
-from engrid.model.canonical import CanonicalVocabulary, deepseek_tokenizer
-from engrid.model.config import PRESETS
-from engrid.model.hashing import NgramHasher
+from engrid.addressing.canonical import CanonicalVocabulary, deepseek_tokenizer
+from engrid.addressing.hashing import NgramHasher
+from engrid.addressing.spec import PRESETS
 from engrid.tables import TableSpec
 
 WINDOW = 4096

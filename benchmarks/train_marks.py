@@ -22,13 +22,14 @@ import torch
 from benchmarks.common import ROOT, start_shards, state_folder
 from benchmarks.data_marks import Figures
 from benchmarks.measure import Scale
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.frames import Floats, Ids
-from engrid.shard.journal import Journal
+from engrid.shard.journal.journal import Journal
 from engrid.storage.disk import LocalDisk
 from engrid.tables import OptimizerSpec, RowTable, TableSpec
 from engrid.worker.config import TrainConfig
-from engrid.worker.run import Place, train
+from engrid.worker.train.run import Place, train
 
 PUSH_ROWS = 8192
 WIDTH = 64

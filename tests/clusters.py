@@ -15,7 +15,7 @@ from engrid.cluster.config import Record
 from engrid.cluster.ray_head import MARK, processes_with
 
 ENVIRONMENT = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
-ENGRID = [sys.executable, "-m", "engrid.cluster.cli"]
+ENGRID = [sys.executable, "-m", "engrid.cli.app"]
 
 
 def engrid(*arguments, timeout=120, env=None):
@@ -77,7 +77,7 @@ def cluster_up(run_dir, *options):
 def tiny_training(folder: Path) -> Path:
     """A TrainConfig of a second or two, as a file for `engrid train --config`."""
     from engrid.worker.config import TrainConfig, demo_model
-    from engrid.worker.text import standard_library
+    from engrid.worker.train.text import standard_library
 
     values = TrainConfig(run="tiny", out=str(folder), steps=3, batch=2, length=32, evaluations=1).to_json()
     engram = {**demo_model().to_json()["engram"], "vocab_size": [500, 700], "heads": 2, "row_width": 8}

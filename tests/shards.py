@@ -6,9 +6,9 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-from engrid.client import create_tables, load_partition
+from engrid.control.tables import create_tables, load_partition
 from engrid.shard.config import ShardConfig
-from engrid.shard.server import ShardServer
+from engrid.shard.grpc.server import ShardServer
 from engrid.tables import OptimizerSpec, RowTable, TableSpec
 from engrid.v1 import memory_pb2 as pb
 

@@ -18,8 +18,8 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 ROUND_TRIP = """
 import locale, sys
 from pathlib import Path
-from engrid.worker.corpus import END, prepare, split_documents
-from engrid.worker.text import find_text
+from engrid.worker.train.corpus import END, prepare, split_documents
+from engrid.worker.train.text import find_text
 folder = Path(arguments[0])
 assert locale.getpreferredencoding(False).lower().replace("-", "") in arguments[1], locale.getpreferredencoding(False)
 first = prepare(folder / "out", vocab_size=310, roots=[folder / "text"])
@@ -103,7 +103,7 @@ def test_a_tokenizer_learned_and_read_in_a_narrow_locale_spells_every_text(narro
 
 
 def test_the_command_line_prints_what_its_terminal_cannot_show(narrow, tmp_path):
-    command = [sys.executable, "-m", "engrid.cluster.cli"]
+    command = [sys.executable, "-m", "engrid.cli.app"]
 
     def run(*arguments):
         return subprocess.run(

@@ -16,7 +16,8 @@ def run(code, *arguments):
 
 
 @pytest.mark.parametrize(
-    "module", ["engrid.client", "engrid.shard.server", "engrid.directory", "engrid.cluster.train", "engrid.cluster.ids"]
+    "module",
+    ["engrid.client", "engrid.shard.grpc.server", "engrid.directory", "engrid.cluster.train", "engrid.cli.ids"],
 )
 def test_imports_neither_torch_nor_ray(module):
     """The commands among them answer bad input without waiting seconds for it."""
@@ -24,14 +25,19 @@ def test_imports_neither_torch_nor_ray(module):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("module", ["engrid.cluster.cli", "engrid.cluster.actors"])
+@pytest.mark.parametrize("module", ["engrid.cli.app", "engrid.cluster.actors"])
 def test_imports_nothing_of_ours_but_the_command_line(module):
     done = run(
         f"import sys, {module}; print(sorted(name for name in sys.modules if name.split('.')[0] in {{'torch', 'ray', 'grpc', 'engrid'}}))"
     )
-    also = {"engrid.cluster.cli": ["bench", "checkpoints", "interrupts", "options", "train_command"]}.get(module, [])
-    ours = sorted([module, *(f"engrid.cluster.{name}" for name in also)])
-    assert done.stdout.strip() == str(["engrid", "engrid.cluster", *ours]), done.stderr
+    ours = {
+        "engrid.cli.app": [
+            *("engrid.cli", "engrid.cli.app", "engrid.cli.bench", "engrid.cli.checkpoints", "engrid.cli.options"),
+            *("engrid.cli.train", "engrid.cluster", "engrid.cluster.interrupts"),
+        ],
+        "engrid.cluster.actors": ["engrid.cluster", "engrid.cluster.actors"],
+    }
+    assert done.stdout.strip() == str(["engrid", *ours[module]]), done.stderr
 
 
 def test_hashing_needs_numpy_alone():
@@ -39,7 +45,7 @@ def test_hashing_needs_numpy_alone():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'ray', 'triton', 'tokenizers', 'safetensors', 'grpc', "
         "'google', 'redis']));"
-        "import numpy as np; from engrid.model.config import EngramSpec; from engrid.model.hashing import NgramHasher;"
+        "import numpy as np; from engrid.addressing.spec import EngramSpec; from engrid.addressing.hashing import NgramHasher;"
         "spec = EngramSpec(layers=(1,), max_ngram=3, heads=2, vocab_size=(11, 13), row_width=4);"
         "print(NgramHasher(spec, 100, 0).row_ids(np.array([[1, 2, 3]]), 1).shape)"
     )
@@ -48,7 +54,7 @@ def test_hashing_needs_numpy_alone():
 
 
 def test_engrid_shard_serves_where_torch_and_ray_are_missing(tmp_path: Path):
-    code = WITHOUT + "from engrid.cluster.cli import main; main()"
+    code = WITHOUT + "from engrid.cli.app import main; main()"
     shard = subprocess.Popen(
         [sys.executable, "-c", code, "shard", "--run-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -56,7 +62,8 @@ def test_engrid_shard_serves_where_torch_and_ray_are_missing(tmp_path: Path):
         line = shard.stdout.readline()
         assert "serves at 127.0.0.1:" in line
         rows = run(
-            WITHOUT + "import numpy as np; from engrid.client import MemoryClient, create_tables;"
+            WITHOUT
+            + "import numpy as np; from engrid.client import MemoryClient; from engrid.control import create_tables;"
             "from engrid.tables import TableSpec;"
             "spec = TableSpec(name='t', rows=100, row_format='float32', width=4, seed=0, layer=0, init_std=1.0, optimizer=None);"
             "client = MemoryClient('file:' + sys.argv[1]); create_tables(client, [spec]);"

@@ -118,7 +118,7 @@ def test_bad_input_is_named_in_one_line(arguments, match):
 
 
 def test_a_package_without_the_benchmarks_says_what_it_needs(tmp_path, monkeypatch):
-    from engrid.cluster import bench as command
+    from engrid.cli import bench as command
 
     monkeypatch.setattr(command, "ROOT", tmp_path)
     from typer.testing import CliRunner

@@ -12,8 +12,9 @@ import grpc
 import numpy as np
 import pytest
 
-from engrid.client import Attempt, MemoryClient, TrainingRun, claim_attempt, create_tables
-from engrid.client.checkpoints import CheckpointSave, restore_tables
+from engrid.client import Attempt, MemoryClient, TrainingRun, claim_attempt
+from engrid.control.checkpoints import CheckpointSave, restore_tables
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import BadRequestError, FencedError, RunMismatchError, UnknownTableError, from_rpc
 from engrid.v1 import memory_pb2 as pb
 from tests.shards import local_shards, shard_process, table
@@ -233,7 +234,8 @@ def test_a_push_that_names_what_is_not_there_is_refused_whole(store, push, error
 README = """
 import sys
 import numpy as np
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control import create_tables
 from engrid.tables import OptimizerSpec, TableSpec
 
 spec = TableSpec(name="t", rows=1000, width=32, init_std=0.0, optimizer=OptimizerSpec(kind="sgd"))

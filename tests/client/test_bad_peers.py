@@ -8,8 +8,9 @@ import grpc
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
 from engrid.client.transport import GrpcTransport, Wanted
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import MAX_MESSAGE_BYTES
 from engrid.rpc.errors import EngridError, RequestTooLargeError, RowWidthMismatchError, ShardUnavailableError
 from engrid.rpc.wire import decode_frame

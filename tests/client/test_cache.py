@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engrid.client import cache as cache_module
-from engrid.client.cache import Column, KeyCache
-from engrid.client.cache_sets import BOOKKEEPING_BYTES, WAYS, NumpyEngine
+from engrid.client.cache.key_cache import key_cache as cache_module
+from engrid.client.cache.key_cache import Column, KeyCache
+from engrid.client.cache.sets import BOOKKEEPING_BYTES, WAYS, NumpyEngine
 
 WIDTH = 24
 
@@ -315,7 +315,7 @@ def test_a_table_takes_its_columns_of_a_probe(make):
 
 def test_engines_find_what_the_other_admitted():
     pytest.importorskip("numba")
-    from engrid.client.cache_numba import NumbaEngine
+    from engrid.client.cache.numba_sets import NumbaEngine
 
     keys = np.random.default_rng(3).integers(-(2**63), 2**63, 300)
     for first, second in ((NumpyEngine(), NumbaEngine()), (NumbaEngine(), NumpyEngine())):
@@ -461,7 +461,7 @@ def test_without_numba_numpy_serves_and_numba_by_name_says_how_to_get_it(monkeyp
 
 def test_numba_is_imported_only_by_a_cache_that_uses_it():
     code = (
-        "import sys; from engrid.client.cache import KeyCache; import engrid.client;"
+        "import sys; from engrid.client.cache.key_cache import KeyCache; import engrid.client;"
         "KeyCache(1 << 20, 8, engine='numpy'); assert 'numba' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

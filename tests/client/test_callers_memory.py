@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.tables import RowTable, decode_rows
 from tests.shards import load_initial, local_shards, table

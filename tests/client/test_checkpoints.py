@@ -7,9 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, TrainingRun, create_tables, spread_placement
+from engrid.client import ClientConfig, MemoryClient, TrainingRun
 from engrid.client.attempts import newest_attempt
-from engrid.client.checkpoints import CheckpointSave, check_folder, live_states, restore_tables
+from engrid.control.checkpoints import CheckpointSave, check_folder, live_states, restore_tables
+from engrid.control.tables import create_tables, spread_placement
 from engrid.rpc.errors import (
     BadRequestError,
     EngridError,
@@ -19,7 +20,7 @@ from engrid.rpc.errors import (
     ShardUnavailableError,
     StepNotReachedError,
 )
-from engrid.shard import folders
+from engrid.shard.ops import folders
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError

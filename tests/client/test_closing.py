@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, TrainingRun, create_tables
-from engrid.client.checkpoints import CheckpointSave
+from engrid.client import ClientConfig, MemoryClient, TrainingRun
+from engrid.control.checkpoints import CheckpointSave
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import EngridError
 from tests.shards import shard_process, table
 from tests.worker.conftest import within

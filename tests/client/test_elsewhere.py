@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables, drop_tables
-from engrid.client.checkpoints import CheckpointSave
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
 from engrid.client.pins import Pins
+from engrid.control.checkpoints import CheckpointSave
+from engrid.control.tables import create_tables, drop_tables
 from engrid.directory import Version
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, UnavailableError, UnknownTableError
 from engrid.shard.config import ShardConfig
-from engrid.shard.server import ShardServer
+from engrid.shard.grpc.server import ShardServer
 from engrid.tables import OptimizerSpec, TableSpec
 from tests.mortal import MortalShard, free_port
 from tests.redis_server import running_redis

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from tests.shards import load_initial, local_shards, table
 
 PARENT = """

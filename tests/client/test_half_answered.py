@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import BadRequestError, DeadlineExceededError, OutOfMemoryError
 from tests.shards import local_shards, table
 

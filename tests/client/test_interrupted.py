@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables
-from engrid.client.cached import CachedBatch
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
+from engrid.client.cache.cached import CachedBatch
 from engrid.client.transport import GrpcTransport, Wanted
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import CancelledError, DeadlineExceededError, EngridError, StepNotReachedError
 from tests.shards import load_initial, local_shards, table
 

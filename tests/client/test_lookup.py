@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, create_tables, drop_tables
+from engrid.client import ClientConfig, MemoryClient, RowLookup
 from engrid.client.transport import Wanted
+from engrid.control.tables import create_tables, drop_tables
 from engrid.rpc.errors import (
     BadRequestError,
     DeadlineExceededError,

@@ -17,18 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.client import (
-    ClientConfig,
-    MemoryClient,
-    RowLookup,
-    TrainingRun,
-    create_tables,
-    drop_tables,
-    export_partition,
-    load_partition,
-)
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
 from engrid.client.shared import CannotMapError, SharedTable
+from engrid.control.tables import create_tables, drop_tables, export_partition, load_partition
 from engrid.directory import Partition
+from engrid.host.mapping import HUGE_PAGE
 from engrid.rpc.errors import (
     BadRequestError,
     ReadOnlyTableError,
@@ -36,8 +29,7 @@ from engrid.rpc.errors import (
     RowWidthMismatchError,
     ShardUnavailableError,
 )
-from engrid.rpc.mapping import HUGE_PAGE
-from engrid.shard.sealed import SealedRows
+from engrid.shard.rows.sealed import SealedRows
 from engrid.tables import RowTable
 from engrid.v1 import memory_pb2 as pb
 from tests.memory_maps import huge_bytes, mappings, needs_collapse

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from engrid.client import MemoryClient, RowLookup, TrainingRun, create_tables, export_partition, load_partition
+from engrid.client import MemoryClient, RowLookup, TrainingRun
+from engrid.control.tables import create_tables, export_partition, load_partition
 from engrid.rpc.errors import (
     BadRequestError,
     CancelledError,

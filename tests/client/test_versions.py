@@ -10,21 +10,13 @@ import time
 import numpy as np
 import pytest
 
-from engrid.client import (
-    ClientConfig,
-    MemoryClient,
-    RowLookup,
-    create_tables,
-    drop_tables,
-    load_partition,
-    prune_versions,
-    publish_version,
-    rollback_version,
-)
+from engrid.client import ClientConfig, MemoryClient, RowLookup
 from engrid.client import pins as pins_module
+from engrid.control.tables import create_tables, drop_tables, load_partition
+from engrid.control.versions import prune_versions, publish_version, rollback_version
 from engrid.directory import Version
 from engrid.rpc.errors import BadRequestError, EngridError, PinnedError, UnknownTableError
-from engrid.shard.core import ShardCore
+from engrid.shard.core.machine import ShardCore
 from tests.shards import local_shards, shard_process, table
 
 ROWS = 300

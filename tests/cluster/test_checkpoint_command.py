@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from tests.shards import local_shards, table
 
 NAME = "mine.engram.1"
@@ -30,7 +31,7 @@ def push(run, step):
 
 
 def engrid(*arguments):
-    command = [sys.executable, "-m", "engrid.cluster.cli", "checkpoint", *map(str, arguments)]
+    command = [sys.executable, "-m", "engrid.cli.app", "checkpoint", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False, env=WIDE)
 
 
@@ -71,7 +72,7 @@ def test_any_tables_are_saved_published_and_read_by_what_they_are_named(trained,
     assert "rows and optimizer state of plain, other" in done.stdout, done.stderr
     expected = client.lookup("plain", np.arange(1000), step=1).tobytes()
     two.push({"plain": (np.arange(9), np.ones((9, 8), np.float32))}, step=2, learning_rate=0.5)
-    command = [sys.executable, "-m", "engrid.cluster.cli", "publish", str(saved), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "engrid.cli.app", "publish", str(saved), "--run-dir", str(folder)]
     published = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False, env=WIDE)
     assert "of run plain-1 is current" in published.stdout, published.stderr
     client.connections.refresh()

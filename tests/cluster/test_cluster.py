@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from engrid.client import MemoryClient, create_tables
+from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.hashing import NgramHasher
+from engrid.client import MemoryClient
 from engrid.cluster.config import Record
 from engrid.cluster.ray_head import free_port, new_temp, processes_with, start_head, stop_head, use_token, wait_for_head
-from engrid.model.canonical import CanonicalVocabulary
-from engrid.model.hashing import NgramHasher
+from engrid.control.tables import create_tables
 from engrid.tables import initial_rows
 from engrid.worker.saved_model import open_checkpoint
 from tests.clusters import engrid, start_engrid, succeeded, tiny_training

@@ -1,6 +1,6 @@
 """A demo takes the place of the one before it when it has finished, and not before."""
 
-from engrid.cluster.demo_folder import begin, give_up, settle
+from engrid.demo.folder import begin, give_up, settle
 
 
 def write(folder, mark):

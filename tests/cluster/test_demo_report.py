@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from engrid.cluster.cli import app
-from engrid.cluster.demo import as_typed
-from engrid.cluster.demo_report import next_commands, result_table, trace_table, whole_lines
+from engrid.cli.app import app
+from engrid.demo.report import next_commands, result_table, trace_table, whole_lines
+from engrid.demo.run import as_typed
 from engrid.v1 import compute_pb2 as pb
 
 RUN = {

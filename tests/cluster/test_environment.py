@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
 from engrid.cluster.config import Record
 from engrid.cluster.environment import child_environment
 from engrid.cluster.ray_calls import connected
 from engrid.cluster.ray_head import processes_with, ray_environment
+from engrid.control.tables import create_tables
 from tests.clusters import ENVIRONMENT, engrid, succeeded
 from tests.shards import shard_process, table
 
@@ -55,11 +56,11 @@ def shard_in(folder, command, run_dir):
         process.communicate()
 
 
-@pytest.mark.parametrize("module", ["engrid.shard", "engrid.cluster.cli"])
+@pytest.mark.parametrize("module", ["engrid.shard", "engrid.cli.app"])
 def test_modules_in_the_working_folder_of_a_shard_are_not_run(hostile, tmp_path, module):
     options = {
         "engrid.shard": ["--name", "s0", "--directory", f"file:{tmp_path}"],
-        "engrid.cluster.cli": ["shard", "--run-dir", str(tmp_path)],
+        "engrid.cli.app": ["shard", "--run-dir", str(tmp_path)],
     }[module]
     with shard_in(hostile, [sys.executable, "-m", module, *options], tmp_path), MemoryClient(tmp_path) as client:
         create_tables(client, [table()])
@@ -92,7 +93,7 @@ def test_a_cluster_comes_up_in_a_hostile_shell_and_none_of_it_is_passed_on(hosti
     }
 
     def run(*words):
-        command = [sys.executable, "-P", "-m", "engrid.cluster.cli", *words, "--run-dir", "../a #1?"]
+        command = [sys.executable, "-P", "-m", "engrid.cli.app", *words, "--run-dir", "../a #1?"]
         return subprocess.run(
             command,
             cwd=hostile,
@@ -150,7 +151,7 @@ def test_what_is_passed_on():
 @pytest.mark.parametrize("home", [{"HOME": "relative"}, {"HOME": "relative", "XDG_STATE_HOME": "relative"}], ids=str)
 def test_without_a_home_the_run_directory_is_asked_for(home, tmp_path):
     refused = subprocess.run(
-        [sys.executable, "-P", "-m", "engrid.cluster.cli", "status"],
+        [sys.executable, "-P", "-m", "engrid.cli.app", "status"],
         cwd=tmp_path, env={**ENVIRONMENT, "XDG_STATE_HOME": "", **home}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert refused.returncode == 1
@@ -163,7 +164,7 @@ def test_a_command_whose_working_folder_was_removed_works_with_absolute_paths(tm
     script = f"""
 import os, sys
 os.mkdir({str(gone)!r}); os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})
-os.execv(sys.executable, [sys.executable, "-P", "-m", "engrid.cluster.cli", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-P", "-m", "engrid.cli.app", *sys.argv[1:]])
 """
 
     def run(*words):

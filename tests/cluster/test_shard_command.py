@@ -12,9 +12,10 @@ from typing import get_args, get_type_hints
 import pytest
 from typer.testing import CliRunner
 
-from engrid.client import MemoryClient, create_tables
-from engrid.cluster.cli import app
-from engrid.cluster.options import read_path
+from engrid.cli.app import app
+from engrid.cli.options import read_path
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import OutOfMemoryError
 from engrid.worker.config import TrainConfig
 from tests.clusters import ENVIRONMENT, engrid, start_engrid, succeeded
@@ -202,10 +203,7 @@ def kinds(hint):
     ],
 )
 def test_a_missing_package_is_named_with_what_brings_it(tmp_path, lacks, arguments, extra):
-    code = (
-        f"import sys; sys.modules[{lacks!r}] = None; sys.argv[0] = 'engrid'\n"
-        "from engrid.cluster.cli import main\nmain()"
-    )
+    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[0] = 'engrid'\nfrom engrid.cli.app import main\nmain()"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, *arguments],
         cwd=tmp_path,

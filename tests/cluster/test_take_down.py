@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
 from engrid.cluster.config import Record
 from engrid.cluster.ray_head import check_temp, processes_with
+from engrid.control.tables import create_tables
 from engrid.directory import open_directory
 from engrid.tables import decode_rows
 from tests.clusters import ENGRID, ENVIRONMENT, engrid, start_engrid, succeeded

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from engrid.cluster.train_config import read_config
+from engrid.cli.train_config import read_config
 from engrid.worker.config import TrainConfig
-from engrid.worker.run import Place, train
 from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.train.run import Place, train
 from tests.clusters import engrid, succeeded
 from tests.worker.conftest import make_out, tiny_config
 

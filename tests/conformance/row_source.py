@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engrid.model.lookup import Lookup
+from engrid.addressing.lookup import Lookup
 from engrid.tables import initial_rows
 
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import PinnedError, StepNotReachedError
 from engrid.v1 import memory_pb2 as pb
 from tests.mortal import SPEC, Pushers, free_port

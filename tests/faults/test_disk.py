@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
 from engrid.client.config import ClientConfig
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import DiskFullError, ShardUnavailableError
 from tests.clusters import ENGRID
 from tests.mortal import SPEC, MortalShard, Pushers, free_port

@@ -13,7 +13,7 @@ import torch
 
 from engrid.client import MemoryClient
 from engrid.worker.config import TrainConfig
-from engrid.worker.run import Place, train
+from engrid.worker.train.run import Place, train
 from tests.shards import shard_process
 
 BOUND = 0.02

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import tests.faulty_network as network
-from engrid.client import MemoryClient, TrainingRun, create_tables
-from engrid.client.checkpoints import CheckpointSave, restore_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.checkpoints import CheckpointSave, restore_tables
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import FencedError, UnavailableError
 from tests.mortal import SPEC, MortalShard, Pushers, push_while
 

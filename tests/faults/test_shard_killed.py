@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from tests.mortal import SPEC, MortalShard, Pushers, push_while
 
 SHARDS = 2

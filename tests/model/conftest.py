@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engrid.model.canonical import CanonicalVocabulary, deepseek_tokenizer
-from engrid.model.config import EngramSpec, ModelConfig
+from engrid.addressing.canonical import CanonicalVocabulary, deepseek_tokenizer
+from engrid.addressing.spec import EngramSpec
+from engrid.model.config import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

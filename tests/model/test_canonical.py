@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from engrid.model.canonical import CanonicalVocabulary, read_tokenizer, tokenizer_of
+from engrid.addressing.canonical import CanonicalVocabulary, read_tokenizer, tokenizer_of
 
 
 def test_deepseek_vocabulary_shrinks_as_published(deepseek, vectors):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.model.config import PRESETS, EngramSpec
-from engrid.model.hashing import NgramHasher, bucket_primes, multipliers, primes_above
+from engrid.addressing.hashing import NgramHasher, bucket_primes, multipliers, primes_above
+from engrid.addressing.spec import PRESETS, EngramSpec
 from engrid.model.kernels import reference
 from tests.model.conftest import small_spec
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.hashing import NgramHasher
 from engrid.model.attention import Attention, rotary_table
-from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import Decoder, Memory, generate
-from engrid.model.hashing import NgramHasher
 from engrid.model.moe import MoE
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer

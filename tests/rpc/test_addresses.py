@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from engrid.directory import is_address
 from engrid.rpc.addresses import host_port, is_wildcard, reachable_host
 from engrid.rpc.errors import BadRequestError

@@ -6,7 +6,7 @@ import sys
 FAULTS = """
 import resource, sys
 import numpy as np
-from engrid.rpc.allocator import keep_buffers
+from engrid.host.allocator import keep_buffers
 if sys.argv[1] == "keep":
     assert keep_buffers()
 def pass_buffers(count):

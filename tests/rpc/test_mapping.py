@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from engrid.rpc.mapping import HUGE_PAGE, collapse, map_file, mapped, reserve, unmap
+from engrid.host.mapping import HUGE_PAGE, collapse, map_file, mapped, reserve, unmap
 from tests.memory_maps import huge_bytes, mappings, needs_collapse
 
 NAME = "engrid tested"

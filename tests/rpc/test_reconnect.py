@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from engrid.client import MemoryClient, TrainingRun, asking, create_tables
+from engrid.client import MemoryClient, TrainingRun, asking
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import CHANNEL_OPTIONS
 from tests.mortal import MortalShard
 from tests.shards import table

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import open_channel
 from engrid.rpc.errors import BadRequestError
 from engrid.rpc.wire import decode_frame, decode_reply, encode_cancel, encode_error, encode_request, new_reply

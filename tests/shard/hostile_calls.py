@@ -9,8 +9,9 @@ from contextlib import suppress
 import grpc
 import numpy as np
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
-from engrid.client.checkpoints import CheckpointSave
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.checkpoints import CheckpointSave
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import CHANNEL_OPTIONS
 from engrid.rpc.errors import BadRequestError, InternalError, from_rpc
 from engrid.rpc.server import check_health

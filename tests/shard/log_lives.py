@@ -4,7 +4,7 @@ import errno
 import random
 
 from engrid.rpc.errors import DiskFullError
-from engrid.shard.log import Log, LogFailedError
+from engrid.storage.log.log import Log, LogFailedError
 from tests.simulated_disk import CrashedError, SimulatedDisk
 
 SEGMENT_BYTES = 400

@@ -8,10 +8,11 @@ import grpc
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import DeadlineExceededError, OutOfMemoryError, ShardUnavailableError
 from engrid.rpc.server import check_health
-from engrid.shard import applying
+from engrid.shard.ops import applying
 from engrid.tables import row_table
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc

@@ -6,14 +6,14 @@ import time
 import numpy as np
 
 from engrid.directory.placement import Partition, Placement
-from engrid.shard.base import begin_snapshots
 from engrid.shard.config import ShardConfig
-from engrid.shard.gradients import Gradients
-from engrid.shard.journal import Journal
-from engrid.shard.messages import PartitionPush, Push
-from engrid.shard.records import PushPart
+from engrid.shard.core.messages import PartitionPush, Push
+from engrid.shard.journal.base import begin_snapshots
+from engrid.shard.journal.journal import Journal
+from engrid.shard.journal.records import PushPart
+from engrid.shard.rows.gradients import Gradients
+from engrid.shard.rows.snapshot import ImageMemory
 from engrid.shard.service import ShardService
-from engrid.shard.snapshot import ImageMemory
 from engrid.tables import OptimizerSpec, TableSpec
 from engrid.v1 import memory_pb2 as pb
 from tests.simulated_disk import SimulatedDisk

@@ -15,8 +15,8 @@ from engrid.rpc.errors import (
     UnknownTableError,
     WrongEpochError,
 )
-from engrid.shard.core import ShardCore
-from engrid.shard.messages import PartitionPush, Push
+from engrid.shard.core.machine import ShardCore
+from engrid.shard.core.messages import PartitionPush, Push
 from engrid.tables import OptimizerSpec, TableSpec
 
 

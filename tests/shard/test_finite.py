@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import BadRequestError, NotFiniteError
 from engrid.tables import RowTable
 from tests.shard.shells import Call, Held, commit, load, look, push, rows_of, shell

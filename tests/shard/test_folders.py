@@ -8,12 +8,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
-from engrid.client.checkpoints import check_folder
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.checkpoints import check_folder
+from engrid.control.tables import create_tables
 from engrid.directory import FileDirectory, file
 from engrid.rpc.errors import BadRequestError
 from engrid.shard.config import ShardConfig
-from engrid.shard.folders import CheckpointFolders, check_name
+from engrid.shard.ops.folders import CheckpointFolders, check_name
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
 from tests.shards import local_shards, shard_process, table
@@ -190,7 +191,5 @@ def test_option_of_the_command_is_taken(run, tmp_path):
             calls.CheckFolder(pb.CheckFolderRequest(folder=str(tmp_path / folder), file=PROOF), timeout=10)
         with pytest.raises(grpc.RpcError, match="not given"):
             calls.CheckFolder(pb.CheckFolderRequest(folder=str(Path.cwd()), file=PROOF), timeout=10)
-    shown = subprocess.run(
-        [sys.executable, "-m", "engrid.cluster.cli", "shard", "--help"], capture_output=True, check=True
-    )
+    shown = subprocess.run([sys.executable, "-m", "engrid.cli.app", "shard", "--help"], capture_output=True, check=True)
     assert b"--checkpoints" in shown.stdout

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytest
 
 from engrid.client import MemoryClient
+from engrid.host.handover import MAX_LINE, read_line
 from engrid.rpc.errors import UnknownTableError
-from engrid.rpc.handover import MAX_LINE, read_line
 from engrid.shard import handover as module
 from engrid.shard.handover import Handover
-from engrid.shard.sealed import SealedRows
+from engrid.shard.rows.sealed import SealedRows
 from engrid.v1 import memory_pb2 as pb
 from tests.shards import load_initial, local_shards, table
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from tests.shard.hostile_calls import adopt_anything, call_with_anything, call_with_hardly_anything, restore_anything
 from tests.shards import local_shards, table
 

@@ -11,9 +11,10 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.errors import ShardUnavailableError
-from engrid.shard import servicer
+from engrid.shard.grpc import servicer
 from engrid.tables import initial_rows
 from engrid.v1 import memory_pb2 as pb
 from tests.shards import local_shards, table

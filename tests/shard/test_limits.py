@@ -10,14 +10,15 @@ import grpc
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import CHANNEL_OPTIONS
 from engrid.rpc.errors import BadRequestError, RequestTooLargeError, ShardUnavailableError, from_rpc
 from engrid.rpc.server import check_health
 from engrid.rpc.wire import MAX_TABLES, decode_frame, decode_reply, encode_cancel, encode_request, varint
-from engrid.shard.core import MAX_NAME_BYTES, MAX_PINNED, MAX_READERS, ShardCore
-from engrid.shard.servicer import MAX_PARTS, MAX_PLACEMENT_BYTES
-from engrid.shard.stream import MAX_REQUEST_BYTES
+from engrid.shard.core.machine import MAX_NAME_BYTES, MAX_PINNED, MAX_READERS, ShardCore
+from engrid.shard.grpc.servicer import MAX_PARTS, MAX_PLACEMENT_BYTES
+from engrid.shard.grpc.stream import MAX_REQUEST_BYTES
 from engrid.tables import TableSpec, initial_rows
 from engrid.tables.spec import MAX_NAME
 from engrid.v1 import memory_pb2 as pb

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from engrid.rpc.errors import DiskFullError, ShardUnavailableError
-from engrid.shard.log import Backlog, Log, LogFailedError
-from engrid.shard.segments import CorruptLogError, checksum
+from engrid.storage.log.log import Backlog, Log, LogFailedError
+from engrid.storage.log.segments import CorruptLogError, checksum
 from tests.simulated_disk import SimulatedDisk
 
 FIRST = "log/0000000000000001.log"
@@ -62,7 +62,7 @@ def test_records_come_back_in_order_over_many_segments(disk):
 
 
 def test_a_record_may_be_larger_than_what_is_read_at_a_time(disk, monkeypatch):
-    monkeypatch.setattr("engrid.shard.segments._WINDOW_BYTES", 50)
+    monkeypatch.setattr("engrid.storage.log.segments._WINDOW_BYTES", 50)
     log = opened(disk)
     payloads = [os.urandom(size) for size in (0, 1, 300, 10, 50, 51, 9, 2000, 0, 3)]
     for payload in payloads:

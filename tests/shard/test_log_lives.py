@@ -2,7 +2,7 @@
 
 import pytest
 
-from engrid.shard.segments import CorruptLogError
+from engrid.storage.log.segments import CorruptLogError
 from tests.shard.log_lives import LogLives
 
 SEEDS = 400

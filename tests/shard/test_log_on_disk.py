@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from engrid.rpc.errors import DiskFullError
-from engrid.shard.log import Log, LogFailedError
 from engrid.storage.disk import LocalDisk
+from engrid.storage.log.log import Log, LogFailedError
 from tests.conformance.directory import start_python
 
 APPENDER = """
 import threading
 from pathlib import Path
 from engrid.storage.disk import LocalDisk
-from engrid.shard.log import Log
+from engrid.storage.log.log import Log
 
 log = Log(LocalDisk(Path(arguments[0])), "log", segment_bytes=200_000)
 for number, payload in log.recover():

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from engrid.host.memory import Memory, memory
 from engrid.shard.config import ShardConfig
-from engrid.shard.memory import Memory, memory
 
 GIB = 1 << 30
 NONE = 9223372036854771712

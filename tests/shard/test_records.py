@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engrid.shard.records import (
+from engrid.shard.journal.records import (
     AdoptRecord,
     BeginRunRecord,
     CommitRecord,
@@ -15,7 +15,7 @@ from engrid.shard.records import (
     decode,
     encode,
 )
-from engrid.shard.segments import CorruptLogError
+from engrid.storage.log.segments import CorruptLogError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)

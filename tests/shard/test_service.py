@@ -18,8 +18,8 @@ from engrid.rpc.errors import (
     WrongEpochError,
 )
 from engrid.rpc.frames import ids_to_bytes
-from engrid.shard import loading
 from engrid.shard import service as service_module
+from engrid.shard.ops import loading
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointError

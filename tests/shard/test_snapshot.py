@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engrid.rpc.errors import BadRequestError
-from engrid.shard.gradients import Gradients
-from engrid.shard.rows import PartitionRows
-from engrid.shard.snapshot import ImageMemory, PartitionSnapshot, SnapshotBaseError, SnapshotGivenUpError
+from engrid.shard.rows.gradients import Gradients
+from engrid.shard.rows.partitions import PartitionRows
+from engrid.shard.rows.snapshot import ImageMemory, PartitionSnapshot, SnapshotBaseError, SnapshotGivenUpError
 from engrid.tables import OptimizerSpec, RowTable, TableSpec
 
 ROWS = 300

@@ -9,11 +9,12 @@ import grpc
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, TrainingRun, create_tables
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.rpc.channel import open_channel
 from engrid.rpc.wire import encode_cancel, encode_request
 from engrid.shard.config import ShardConfig
-from engrid.shard.stream import MAX_QUEUED, MAX_QUEUED_BYTES, MAX_REFUSED
+from engrid.shard.grpc.stream import MAX_QUEUED, MAX_QUEUED_BYTES, MAX_REFUSED
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
 from tests.shards import local_shards, table

@@ -4,8 +4,8 @@ import pytest
 
 from engrid.rpc.errors import BadRequestError
 from engrid.shard.config import ShardConfig
+from engrid.shard.journal.state_folder import LOCK_FILE, StateFolder, owner_of
 from engrid.shard.service import ShardService
-from engrid.shard.state_folder import LOCK_FILE, StateFolder, owner_of
 from engrid.storage.errors import CheckpointDamagedError
 from tests.clusters import engrid, start_engrid
 from tests.mortal import MortalShard

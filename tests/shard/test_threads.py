@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from engrid.rpc.stalls import StallWatch
-from engrid.shard import checkpointing, sealed
-from engrid.shard.sealed import SealedRows
+from engrid.shard.ops import checkpointing
+from engrid.shard.rows.partitions import sealed
+from engrid.shard.rows.sealed import SealedRows
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import push, rows_of, shell
 from tests.shards import table

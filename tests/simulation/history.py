@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engrid.shard.messages import PartitionKey, PartitionState
+from engrid.shard.core.messages import PartitionKey, PartitionState
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

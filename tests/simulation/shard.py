@@ -14,11 +14,11 @@ import numpy as np
 
 from engrid.directory import Placement
 from engrid.rpc.errors import EngridError, StepNotReachedError, WrongEpochError
-from engrid.shard.base import begin_snapshots
-from engrid.shard.journal import Journal, Taken
-from engrid.shard.messages import Apply, Push
-from engrid.shard.rows import PartitionRows
-from engrid.shard.snapshot import ImageMemory
+from engrid.shard.core.messages import Apply, Push
+from engrid.shard.journal.base import begin_snapshots
+from engrid.shard.journal.journal import Journal, Taken
+from engrid.shard.rows.partitions import PartitionRows
+from engrid.shard.rows.snapshot import ImageMemory
 from tests.simulated_disk import CrashedError, SimulatedDisk
 
 from .history import Floats
@@ -176,7 +176,7 @@ class SimulatedShard:
         self._answer_finished()
 
     def make_base(self) -> None:
-        """As shard/bases.py does."""
+        """As shard/ops/bases.py does."""
         journal = self.journal
         self._rest()
         if journal.is_based:

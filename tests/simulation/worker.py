@@ -13,9 +13,9 @@ import numpy as np
 
 from engrid.directory import Placement
 from engrid.rpc.errors import ExpectedError
-from engrid.shard.gradients import Gradients
-from engrid.shard.messages import PartitionPush, Push
-from engrid.shard.records import PushPart
+from engrid.shard.core.messages import PartitionPush, Push
+from engrid.shard.journal.records import PushPart
+from engrid.shard.rows.gradients import Gradients
 
 from .history import Floats, Ids, Incarnation
 from .network import Answer, Request

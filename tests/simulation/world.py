@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from engrid.rpc.errors import EngridError, FencedError
-from engrid.shard.messages import PartitionKey
+from engrid.shard.core.messages import PartitionKey
 from tests.simulated_disk import CrashedError, SimulatedDisk
 
 from .history import History

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from engrid.shard.gradients import Gradients
-from engrid.shard.rows import PartitionRows
-from engrid.shard.saving import save_snapshot
-from engrid.shard.snapshot import ImageMemory
+from engrid.shard.rows.gradients import Gradients
+from engrid.shard.rows.partitions import PartitionRows
+from engrid.shard.rows.saving import save_snapshot
+from engrid.shard.rows.snapshot import ImageMemory
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import Disk, LocalDisk
 from engrid.storage.errors import CheckpointDamagedError, CheckpointError, CheckpointMissingError

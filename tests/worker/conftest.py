@@ -15,10 +15,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.hashing import NgramHasher
 from engrid.client import MemoryClient
-from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import Memory
-from engrid.model.hashing import NgramHasher
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.channel import open_channel
@@ -27,11 +27,11 @@ from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 from engrid.v1 import memory_pb2 as memory_pb
 from engrid.worker.config import TrainConfig, WorkerConfig
-from engrid.worker.corpus import prepare
 from engrid.worker.dense import load_model
-from engrid.worker.run import Place, train
 from engrid.worker.saved_model import open_checkpoint
 from engrid.worker.server import WorkerServer
+from engrid.worker.train.corpus import prepare
+from engrid.worker.train.run import Place, train
 from tests.model.conftest import small_config, small_spec
 from tests.shards import local_shards
 

@@ -7,13 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-from engrid.client import ClientConfig, MemoryClient, create_tables, load_partition
+from engrid.client import ClientConfig, MemoryClient
+from engrid.control.tables import create_tables, load_partition
 from engrid.rpc.errors import BadRequestError
 from engrid.tables import RowTable
-from engrid.worker.run import Place
+from engrid.worker.rows.tables import sealed_spec
 from engrid.worker.saved_model import open_checkpoint
-from engrid.worker.sealed_tables import serve_tables
-from engrid.worker.tables import sealed_spec
+from engrid.worker.serve.sealed_tables import serve_tables
+from engrid.worker.train.run import Place
 from tests.shards import local_shards
 from tests.worker.conftest import finish, make_out, table_bytes, tiny_config
 

@@ -8,8 +8,8 @@ import pytest
 
 from engrid.storage import manifest as storage_manifest
 from engrid.storage.errors import CheckpointError
-from engrid.worker.engine import Engine
 from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.serve.engine import Engine
 from tests.worker.conftest import copy_of
 
 NAME = "step-00000090"

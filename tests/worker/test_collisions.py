@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.model.hashing import NgramHasher
-from engrid.worker.collisions import count_collisions, windows
+from engrid.addressing.hashing import NgramHasher
+from engrid.worker.train.collisions import count_collisions, windows
 from tests.model.conftest import small_spec
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engrid.rpc.errors import CancelledError
-from engrid.worker.corpus import END, prepare, split_documents
-from engrid.worker.stopping import Stopping
-from engrid.worker.text import find_text
-from engrid.worker.trainer import Batches
+from engrid.worker.train.corpus import END, prepare, split_documents
+from engrid.worker.train.stopping import Stopping
+from engrid.worker.train.text import find_text
+from engrid.worker.train.trainer import Batches
 from tests.worker.conftest import tiny_config
 
 WORDS = [
@@ -26,7 +26,7 @@ WORDS = [
 
 MAKER = """
 from pathlib import Path
-from engrid.worker.corpus import prepare
+from engrid.worker.train.corpus import prepare
 folder, root = arguments
 print("ready", flush=True)
 input()
@@ -232,7 +232,7 @@ def test_corpus_kept_is_read_and_other_sizes_and_texts_are_made_beside_it(root, 
     other = write(tmp_path / "other", {name: source(name * 2) for name in NAMES})
     assert prepare(out, vocab_size=350, roots=[root]).tokenizer.get_vocab_size() == 350
     assert prepare(out, vocab_size=400, roots=[other]).digest != first.digest
-    monkeypatch.setattr("engrid.worker.corpus._make", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("engrid.worker.train.corpus._make", lambda *_: pytest.fail("made again"))
     kept = prepare(out, vocab_size=400, roots=[root])
     assert kept.digest == first.digest
     assert np.array_equal(kept.train, first.train)

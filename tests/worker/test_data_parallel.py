@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from engrid.client import MemoryClient
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.saved_model import open_checkpoint
-from engrid.worker.trainer import Batches
+from engrid.worker.train.trainer import Batches
 from tests.shards import local_shards
 from tests.worker.conftest import (
     corpus_of,

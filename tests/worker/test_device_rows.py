@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engrid.tables import decode_rows
-from engrid.worker.device_rows import MOST_BUFFERS, CudaRows, HostRows, decode
+from engrid.worker.rows.device import MOST_BUFFERS, CudaRows, HostRows, decode
 
 FORMATS = [("float32", 8, 32), ("bfloat16", 8, 16), ("fp8_e4m3_ue8m0", 256, 264)]
 

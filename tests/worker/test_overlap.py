@@ -11,13 +11,14 @@ import time
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.addressing.hashing import NgramHasher
+from engrid.client import MemoryClient
+from engrid.control.tables import create_tables
 from engrid.model.generate import Decoder, Memory
-from engrid.model.hashing import NgramHasher
 from engrid.model.transformer import Transformer
 from engrid.shard.service import ShardService
-from engrid.worker.remote_rows import RemoteRows
-from engrid.worker.tables import table_name, table_specs
+from engrid.worker.rows.remote import RemoteRows
+from engrid.worker.rows.tables import table_name, table_specs
 from tests.model.conftest import small_config, small_spec
 from tests.model.test_transformer import Identity
 from tests.shards import local_shards
@@ -63,7 +64,7 @@ class Arrived:
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("engrid.shard.server.ShardService", LateService)
+    monkeypatch.setattr("engrid.shard.grpc.server.ShardService", LateService)
     with local_shards(tmp_path / "run", 2), MemoryClient(f"file:{tmp_path / 'run'}") as client:
         yield client
 

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from engrid.client import ClientConfig, MemoryClient, create_tables
+from engrid.addressing.hashing import NgramHasher
+from engrid.addressing.lookup import DEAD, Lookup
+from engrid.client import ClientConfig, MemoryClient
+from engrid.control.tables import create_tables
 from engrid.model.generate import Decoder, Memory
-from engrid.model.hashing import NgramHasher
-from engrid.model.lookup import DEAD, Lookup
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.tables import RowTable
-from engrid.worker.remote_rows import RemoteRows
-from engrid.worker.tables import table_name, table_specs
+from engrid.worker.rows.remote import RemoteRows
+from engrid.worker.rows.tables import table_name, table_specs
 from tests.conformance.row_source import RowSourceConformance, Tables
 from tests.model.conftest import small_config, small_spec
 from tests.model.test_transformer import Identity

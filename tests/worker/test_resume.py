@@ -10,14 +10,14 @@ import grpc
 import pytest
 
 from engrid.client import Attempt, ClientConfig, MemoryClient
-from engrid.client.checkpoints import CheckpointSave, live_states
 from engrid.client.training import TrainingRun
+from engrid.control.checkpoints import CheckpointSave, live_states
 from engrid.rpc.errors import BadRequestError, EngridError, FencedError
-from engrid.shard.snapshot import PartitionSnapshot
+from engrid.shard.rows.snapshot import PartitionSnapshot
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointDamagedError, CheckpointMissingError
-from engrid.worker.run import Place, train
 from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.train.run import Place, train
 from tests.shards import local_shards, shard_process
 from tests.worker.conftest import (
     LINE,

@@ -12,8 +12,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from engrid.rpc.server import check_health
 from engrid.v1 import compute_pb2
 from engrid.v1 import compute_pb2 as pb
-from engrid.worker import models
 from engrid.worker.saved_model import open_checkpoint
+from engrid.worker.serve import models
 from engrid.worker.server import pools
 from tests.shards import local_shards
 from tests.worker.conftest import (

@@ -11,9 +11,9 @@ import pytest
 
 from engrid.client import MemoryClient
 from engrid.v1 import compute_pb2 as pb
-from engrid.worker.run import Place, train
 from engrid.worker.saved_model import open_checkpoint
-from engrid.worker.stopping import Stopping
+from engrid.worker.train.run import Place, train
+from engrid.worker.train.stopping import Stopping
 from tests.shards import local_shards, made_by, shard_process
 from tests.worker.conftest import (
     ask,

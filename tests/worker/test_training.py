@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engrid.addressing.canonical import CanonicalVocabulary
 from engrid.client import MemoryClient
-from engrid.model.canonical import CanonicalVocabulary
 from engrid.model.generate import Memory
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
 from engrid.rpc.errors import BadRequestError
 from engrid.tables import RowTable
-from engrid.worker import run
-from engrid.worker.run import Place, train
-from engrid.worker.tables import table_specs
-from engrid.worker.trainer import Batches, Trainer
+from engrid.worker.rows.tables import table_specs
+from engrid.worker.train import run
+from engrid.worker.train.run import Place, train
+from engrid.worker.train.trainer import Batches, Trainer
 from tests.model.conftest import small_spec
 from tests.shards import made_by
 from tests.worker.conftest import (

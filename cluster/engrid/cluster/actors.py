@@ -16,10 +16,10 @@ class ShardActor:
     ) -> None:
         """state: folder where all of the cluster's shards keep their placement, each in its own. host: None asks Ray.
         checkpoints: folders they may use for checkpoints."""
+        from engrid.host.allocator import keep_buffers
         from engrid.rpc.addresses import host_port
-        from engrid.rpc.allocator import keep_buffers
         from engrid.shard.config import ShardConfig
-        from engrid.shard.server import ShardServer
+        from engrid.shard.grpc.server import ShardServer
 
         keep_buffers()
         self._state = Path(state, name)
@@ -56,8 +56,8 @@ class ComputeActor:
     """Hosts one compute worker, on a GPU where Ray gave it one."""
 
     def __init__(self, name: str, directory: str, host: str | None) -> None:
+        from engrid.host.allocator import keep_buffers
         from engrid.rpc.addresses import host_port
-        from engrid.rpc.allocator import keep_buffers
         from engrid.worker.config import WorkerConfig
         from engrid.worker.server import WorkerServer
 

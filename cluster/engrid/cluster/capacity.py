@@ -12,7 +12,7 @@ GIB_IN_MIB = 1024
 
 def memory_here(config: ClusterConfig) -> int:
     """MiB for each shard on this machine; raises ClusterError where it lacks them."""
-    from engrid.shard.memory import memory
+    from engrid.host.memory import memory
 
     free = memory().free >> 20
     if config.memory_gib is None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engrid.client import MemoryClient
-from engrid.client.admin import spread_placement
+from engrid.control.tables import spread_placement
 from engrid.directory import CorruptDirectoryError, FolderSource, ShardRecord, masked, open_directory, read_source
 
 from .capacity import memory_here, memory_joined

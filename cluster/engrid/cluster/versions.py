@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engrid.client import rollback_version
 from engrid.client.pins import tables_held
+from engrid.control.versions import rollback_version
 from engrid.tables import NAME
 from engrid.worker.saved_model import open_rows
-from engrid.worker.sealed_tables import prune as prune_versions
-from engrid.worker.sealed_tables import publish as publish_version
+from engrid.worker.serve.sealed_tables import prune as prune_versions
+from engrid.worker.serve.sealed_tables import publish as publish_version
 
 from .status import memory_of
 

@@ -1,1 +1,1 @@
-"""The mathematics of an Engram language model: hashing, the Engram layer, attention, MoE. Knows no service."""
+"""The mathematics of an Engram language model in torch: the Engram layer, attention, MoE, generation. Knows no service."""

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .canonical import CanonicalVocabulary
-from .hashing import NgramHasher
-from .lookup import Ids
+from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.hashing import NgramHasher
+from engrid.addressing.lookup import Ids
+
 from .rows import PendingRows, RowSource
 from .speculative import Drafts, PromptLookup, agreed
 from .transformer import DecodeState, Transformer

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engrid.addressing.lookup import Ids, Lookup, check_lookup
 from engrid.tables import RowTable, decode_rows, sum_duplicates
-
-from .lookup import Ids, Lookup, check_lookup
 
 Floats = npt.NDArray[np.float32]
 

@@ -6,7 +6,6 @@ with MemoryClient("file:/run/engrid") as memory:
     rows = pending.rows("engram.1")        # uint8 [T, heads, row_bytes]
 """
 
-from .admin import create_tables, drop_tables, export_partition, load_partition, spread_placement
 from .attempts import Attempt, claim_attempt
 from .batch import Lookup, RowLookup
 from .client import MemoryClient
@@ -14,7 +13,6 @@ from .config import ClientConfig
 from .pending import Pending, Traffic
 from .pins import Pin
 from .training import TrainingRun
-from .versions import prune_versions, publish_version, rollback_version
 
 __all__ = [
     "Attempt",
@@ -27,12 +25,4 @@ __all__ = [
     "Traffic",
     "TrainingRun",
     "claim_attempt",
-    "create_tables",
-    "drop_tables",
-    "export_partition",
-    "load_partition",
-    "prune_versions",
-    "publish_version",
-    "rollback_version",
-    "spread_placement",
 ]

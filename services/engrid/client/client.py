@@ -20,7 +20,7 @@ from engrid.tables import TableSpec, decode_rows
 
 from .arrays import IdsLike, as_ids
 from .batch import Batch, Lookup, RowLookup, TableBatch, own
-from .cached import Caches
+from .cache.cached import Caches
 from .config import MOST_SECONDS, ClientConfig
 from .connections import Connections
 from .pending import Pending, Traffic

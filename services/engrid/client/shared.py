@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engrid.directory import Partition
+from engrid.host.handover import MAX_LINE, read_line
+from engrid.host.mapping import HUGE_PAGE, map_file, reserve, unmap
 from engrid.rpc.errors import EngridError, from_message
 from engrid.rpc.frames import Bytes, Ids, row_view
-from engrid.rpc.handover import MAX_LINE, read_line
-from engrid.rpc.mapping import HUGE_PAGE, map_file, reserve, unmap
 from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 

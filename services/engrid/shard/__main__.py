@@ -13,11 +13,11 @@ import threading
 from pathlib import Path
 
 from engrid.directory import DirectoryError
-from engrid.rpc.allocator import keep_buffers
+from engrid.host.allocator import keep_buffers
 from engrid.rpc.errors import EngridError
 
 from .config import ShardConfig
-from .server import ShardServer
+from .grpc.server import ShardServer
 
 
 def serve(config: ShardConfig) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .memory import gib, memory
+from engrid.host.memory import gib, memory
 
 MEMORY_SHARE = 0.8
 """Of what is free, for rows; the rest is for replies, pushes and the log."""

@@ -26,11 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engrid.host.handover import read_line
 from engrid.rpc.errors import BadRequestError, EngridError, InternalError, to_message
-from engrid.rpc.handover import read_line
 
-from .messages import PartitionKey
-from .sealed import SealedRows
+from .core.messages import PartitionKey
+from .rows.sealed import SealedRows
 
 REQUEST_SECONDS = 1.0
 """A client has to ask, and once more to take the answer."""

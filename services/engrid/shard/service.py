@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engrid.directory import Placement
+from engrid.host.memory import memory
 from engrid.rpc.errors import (
     BadRequestError,
     CancelledError,
@@ -27,20 +28,19 @@ from engrid.rpc.frames import Ids, ids_from_bytes
 from engrid.rpc.wire import Request, new_reply
 from engrid.v1 import memory_pb2 as pb
 
-from . import requests
-from .applying import Applying
-from .bases import Bases
-from .checkpointing import Checkpointing
 from .config import MEMORY_SHARE, ShardConfig
+from .core.messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
 from .gate import LONGEST_WAIT, Gate
-from .journal import Journal, Logged, Taken
-from .memory import memory
-from .messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
-from .records import PushPart
-from .rows import SealedPartition, TableRows, refuse_empty
-from .sealed import SealedRows
-from .state_folder import StateFolder
-from .transfers import Transfers
+from .journal.journal import Journal, Logged, Taken
+from .journal.records import PushPart
+from .journal.state_folder import StateFolder
+from .ops import requests
+from .ops.applying import Applying
+from .ops.bases import Bases
+from .ops.checkpointing import Checkpointing
+from .ops.transfers import Transfers
+from .rows.partitions import SealedPartition, TableRows, refuse_empty
+from .rows.sealed import SealedRows
 
 CONTROL_SECONDS = 10.0
 """For which a call that only asks waits for the lock, which a disk that hangs may keep."""

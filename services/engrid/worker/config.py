@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from engrid.model.config import EngramSpec, ModelConfig
+from engrid.addressing.spec import EngramSpec
+from engrid.model.config import ModelConfig
 from engrid.tables import NAME, check_float, check_int, check_keys
 
 MOST_STALENESS = 16

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from engrid.model.transformer import Transformer
 from engrid.storage.errors import CheckpointError
 
-from .corpus import tokenizer_of
 from .saved_model import OPTIMIZER, TOKENIZER, WEIGHTS, SavedModel
+from .tokenizer import tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from engrid.v1 import compute_pb2 as pb
 from engrid.v1 import compute_pb2_grpc
 
 from .config import TrainConfig, WorkerConfig
-from .engine import Generation
-from .models import ModelNotLoadedError, Models, connect
-from .run import Place, Progress, train
-from .stopping import Stopping
+from .serve.engine import Generation
+from .serve.models import ModelNotLoadedError, Models, connect
+from .train.run import Place, Progress, train
+from .train.stopping import Stopping
 
 
 class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.model.config import PRESETS, EngramSpec
-from engrid.model.hashing import NgramHasher
+from engrid.addressing.hashing import NgramHasher
+from engrid.addressing.spec import PRESETS, EngramSpec
 from engrid.model.kernels import cuda, reference
 
 CANONICAL = 99_092

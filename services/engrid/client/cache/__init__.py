@@ -1,0 +1,1 @@
+"""Rows of sealed tables kept by key."""

@@ -1,0 +1,209 @@
+"""Changes to the store: tables made and dropped, partitions loaded and exported.
+
+A new placement is checked on every shard, claimed in the directory by compare-and-set, then adopted by every
+shard. Where a shard fails between claim and adoption, the tables are taken back under the next epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import grpc
+
+from engrid.client.client import MemoryClient
+from engrid.directory import EMPTY_PLACEMENT, Directory, Placement, with_shards, with_tables, without_tables
+from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError, from_rpc
+from engrid.rpc.forks import check_not_forked
+from engrid.tables import TableSpec
+from engrid.v1 import memory_pb2 as pb
+
+
+def create_tables(
+    client: MemoryClient,
+    specs: Sequence[TableSpec],
+    *,
+    partitions_per_shard: int = 1,
+    replace: bool = False,
+    exist_ok: bool = False,
+) -> Placement:
+    """Makes tables over all shards registered and returns the placement that holds them.
+
+    replace: drop tables of the same names first. exist_ok: keep those that are there with the same spec, rows and all.
+    Otherwise an existing table is refused. Raises BadRequestError, OutOfMemoryError before anything is allocated,
+    EpochConflictError where someone else changed the placement.
+    """
+    if replace and exist_ok:
+        raise BadRequestError("replace drops the tables that are there, exist_ok keeps them; give one of the two")
+    if partitions_per_shard < 1:
+        raise BadRequestError(f"partitions_per_shard is {partitions_per_shard}; give at least 1")
+    names = [spec.name for spec in specs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadRequestError(f"table {', '.join(twice)} is given twice")
+    directory = directory_of(client)
+    before = current(directory)
+    existing = sorted(set(names) & before.tables.keys())
+    if exist_ok:
+        for spec in specs:
+            _check_same(spec, before.tables.get(spec.name))
+        specs, existing = [spec for spec in specs if spec.name not in existing], []
+        if not specs:
+            client.connections.refresh()
+            return client.placement
+    if existing and not replace:
+        raise BadRequestError(
+            f"table {', '.join(existing)} exists; keep it (exist_ok=True), replace it (replace=True), or drop it first"
+        )
+    after = with_tables(without_tables(before, existing), specs, partitions_per_shard=partitions_per_shard)
+    _check(client, after)
+    # Dropped in an epoch of its own: a table of the same spec in the next would be taken for the one that is there.
+    drop_tables(client, existing)
+    return change(client, current(directory), after)
+
+
+def _check_same(wanted: TableSpec, there: TableSpec | None) -> None:
+    if there is None or there == wanted:
+        return
+    ours, theirs = wanted.to_json(), there.to_json()
+    different = [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    raise BadRequestError(
+        f"table {wanted.name} exists with {'; '.join(different)}; use that, replace the table (replace=True), or give "
+        "another name"
+    )
+
+
+def drop_tables(client: MemoryClient, names: Iterable[str]) -> None:
+    """Frees tables on all shards; names that do not exist are passed over. Raises BadRequestError for no list of names."""
+    if isinstance(names, str):
+        raise BadRequestError(f"names is {names!r}; give a list of names")
+    before = current(directory_of(client))
+    known = [name for name in names if name in before.tables]
+    if known:
+        change(client, before, without_tables(before, known))
+
+
+def spread_placement(client: MemoryClient) -> None:
+    """Returns once every shard has the placement this client knows, or a newer one, under its address of today.
+
+    Who finds tables in the directory that someone else is just making may ask shards that have not heard of them yet.
+    Raises EpochConflictError where someone else changes the placement.
+    """
+    directory = client.connections.directory
+    if directory is not None:
+        newest = current(directory)
+        if newest != directory.placement():
+            change(client, newest, newest)
+            return
+    for shard in client.placement.shards:
+        with suppress(WrongEpochError):  # it is ahead of us
+            _adopt(client, client.placement, shard)
+
+
+def directory_of(client: MemoryClient) -> Directory:
+    """Where placements are published; raises BadRequestError where the client was opened without it."""
+    if client.connections.directory is None:
+        raise BadRequestError("a client opened by a shard's address cannot change tables; open it by the directory")
+    check_not_forked()
+    return client.connections.directory
+
+
+def current(directory: Directory) -> Placement:
+    """The placement as it stands, over the shards registered now."""
+    addresses = {record.name: record.address for record in directory.shards().values()}
+    if not addresses:
+        raise ShardUnavailableError("no shard is registered; start some first (engrid up)")
+    placement = directory.placement() or EMPTY_PLACEMENT
+    return placement if placement.shards == addresses else with_shards(placement, addresses)
+
+
+def change(client: MemoryClient, before: Placement, after: Placement) -> Placement:
+    """Brings `after` into force one epoch after what is published; returns it as published."""
+    directory = directory_of(client)
+    published = directory.placement()
+    claimed = published.epoch if published else None
+    after = replace(after, epoch=(claimed or 0) + 1)
+    _check(client, after)
+    directory.publish(after, expected_epoch=claimed)
+    try:
+        for shard in after.shards:
+            _adopt(client, after, shard)
+    except EngridError:
+        _take_back(client, directory, replace(before, epoch=after.epoch + 1))
+        raise
+    client.connections.refresh()
+    return after
+
+
+def _check(client: MemoryClient, after: Placement) -> None:
+    """Raises what any shard would raise on adopting; changes nothing."""
+    for shard in after.shards:
+        _adopt(client, after, shard, check_only=True)
+
+
+def _take_back(client: MemoryClient, directory: Directory, undone: Placement) -> None:
+    """Publishes the placement from before the change; a shard that is down reads it when it is back."""
+    directory.publish(undone, expected_epoch=undone.epoch - 1)
+    for shard in undone.shards:
+        with suppress(EngridError):
+            _adopt(client, undone, shard)
+
+
+def _adopt(client: MemoryClient, placement: Placement, shard: str, *, check_only: bool = False) -> None:
+    request = pb.AdoptRequest(placement=json.dumps(placement.to_json()), check_only=check_only)
+    address = placement.shards[shard]
+    with client.connections.unary(address) as stub:
+        try:
+            stub.Adopt(request, timeout=client.config.admin_timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error, f"shard {shard} at {address}") from error
+
+
+def load_partition(
+    client: MemoryClient,
+    table: str,
+    index: int,
+    chunks: Iterable[bytes],
+    *,
+    step: int,
+    run: str = "",
+    attempt: int = 0,
+) -> int:
+    """Overwrites one partition with its rows in order, in byte chunks; returns their number.
+
+    step, run, attempt: the training step the rows are the result of, and whose. Nothing is changed unless all rows
+    come.
+    """
+
+    def requests() -> Iterator[pb.LoadChunk]:
+        yield pb.LoadChunk(table=table, partition=index, step=step, run=run, attempt=attempt)
+        for rows in chunks:
+            yield pb.LoadChunk(rows=rows)
+
+    transport = client.connections.transport(_primary(client, table, index))
+    try:
+        reply = transport.stub.Load(requests(), timeout=client.config.admin_timeout)
+    except grpc.RpcError as error:
+        raise from_rpc(error, transport.peer) from error
+    return int(reply.rows)
+
+
+def export_partition(client: MemoryClient, table: str, index: int) -> Iterator[tuple[int, bytes]]:
+    """Rows of one partition in order: (step applied when read, bytes) about a MiB at a time."""
+    transport = client.connections.transport(_primary(client, table, index))
+    try:
+        for chunk in transport.stub.Export(
+            pb.ExportRequest(table=table, partition=index), timeout=client.config.admin_timeout
+        ):
+            yield chunk.step, chunk.rows
+    except grpc.RpcError as error:
+        raise from_rpc(error, transport.peer) from error
+
+
+def _primary(client: MemoryClient, table: str, index: int) -> str:
+    client.connections.table(table)
+    partitions = client.placement.partitions[table]
+    if not 0 <= index < len(partitions):
+        raise BadRequestError(f"table {table} has partitions 0..{len(partitions) - 1}, not {index}")
+    return partitions[index].shards[0]

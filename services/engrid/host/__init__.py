@@ -1,0 +1,1 @@
+"""The machine under a process: memory, mappings, descriptors handed over, the allocator."""

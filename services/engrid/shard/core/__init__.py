@@ -1,0 +1,1 @@
+"""What a shard decides, without any I/O."""

@@ -1,0 +1,1 @@
+"""The rows of partitions, live and sealed, and snapshots of them."""

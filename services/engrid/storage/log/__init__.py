@@ -1,0 +1,1 @@
+"""An append-only log of records: segments, checksums, one sync for all that wait."""

@@ -1,0 +1,1 @@
+"""The shards' rows as the model's row source."""

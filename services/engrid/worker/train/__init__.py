@@ -1,0 +1,1 @@
+"""A training run of one worker, from the text to the checkpoint."""
