@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engrid.client.cache.key_cache import key_cache as cache_module
+from engrid.client.cache import key_cache as cache_module
 from engrid.client.cache.key_cache import Column, KeyCache
 from engrid.client.cache.sets import BOOKKEEPING_BYTES, WAYS, NumpyEngine
 

@@ -10,7 +10,9 @@ import pytest
 PROGRAM = """
 import os, signal, sys, time
 from contextlib import suppress
-from engrid.cluster import cli, interrupts
+from engrid.cli.app import app, main
+from engrid.cli.console import told
+from engrid.cluster import interrupts
 
 interrupts.AGAIN_SECONDS = 0.2
 
@@ -18,13 +20,13 @@ def press(number):
     os.kill(os.getpid(), number)
     time.sleep(10)
 
-@cli.app.command()
+@app.command()
 def cut():
-    with cli.told():
+    with told():
         {body}
 
 sys.argv = ["engrid", "cut"]
-cli.main()
+main()
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from engrid.rpc.stalls import StallWatch
 from engrid.shard.ops import checkpointing
-from engrid.shard.rows.partitions import sealed
+from engrid.shard.rows import sealed
 from engrid.shard.rows.sealed import SealedRows
 from engrid.v1 import memory_pb2 as pb
 from tests.shard.shells import push, rows_of, shell

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from engrid.shard.core.machine import machine as core
-from engrid.shard.journal.journal import base, journal
+from engrid.shard.core import machine as core
+from engrid.shard.journal import base, journal
 
 from . import shard
 

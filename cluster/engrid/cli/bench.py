@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .console import told
 from .options import path_option
 
 app = typer.Typer(
@@ -31,7 +32,6 @@ def out(name: str) -> Any:
 
 def run(name: str, json: Path | None, **options: Any) -> None:
     """Runs benchmarks/NAME.py of the checkout these sources lie in."""
-    from .app import told
 
     # gRPC's fork handlers would warn at each process that Ray starts while our channels are open.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import console, errors, told, where
 from .options import RunDir, path_option
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ def save(
     """Save live tables at the step they stand at. Not while they are trained: `engrid train --checkpoint-every` is for that."""
     from engrid.cluster.status import memory_of
     from engrid.control.checkpoints import CheckpointSave, check_folder, live_states
-
-    from .app import console, told, where
 
     with told(), memory_of(where(run_dir)) as client:
         states = live_states(client)
@@ -110,8 +109,6 @@ def restore(
     from engrid.control.checkpoints import check_replaces, restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
-    from .app import console, told, where
-
     with told(), memory_of(where(run_dir)) as client:
         checkpoints = _open(folder)
         chain = checkpoints.chain(name) if name else checkpoints.latest()
@@ -134,7 +131,6 @@ def verify(
     folder: Folder = DEFAULT_FOLDER,
 ) -> None:
     """Read every file of a checkpoint and of those it builds on; name each that is not as it was written."""
-    from .app import console, errors, told
 
     with told():
         checkpoints = _open(folder)
@@ -153,8 +149,6 @@ def list_checkpoints(folder: Folder = DEFAULT_FOLDER) -> None:
     from rich.table import Table
 
     from engrid.storage.errors import CheckpointError
-
-    from .app import console, told
 
     with told():
         checkpoints = _open(folder)

@@ -10,6 +10,7 @@ import typer
 
 from engrid.cluster import interrupts
 
+from .console import command, console, errors, told, where
 from .options import RunDir, number_option, path_option
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def train(
 
     The first Ctrl-C ends the run after the step under way and saves a checkpoint; the second ends it at once.
     """
-    from .app import told
 
     with told():
         training = _configuration(
@@ -164,8 +164,6 @@ def _configuration(path: Path | None, **given: Any) -> TrainConfig:
 def _train(training: TrainConfig, run_dir: Path | None) -> None:
     from engrid.cluster.config import require_cluster
     from engrid.cluster.train import train_with_progress
-
-    from .app import command, console, errors, where
 
     record = require_cluster(where(run_dir))
     try:
