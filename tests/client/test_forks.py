@@ -13,6 +13,7 @@ PARENT = """
 import multiprocessing, os, sys, threading, time
 import numpy as np
 from engrid.client import *
+from engrid.control import *
 from engrid.rpc.errors import EngridError
 from engrid.tables import TableSpec
 

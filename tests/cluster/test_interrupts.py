@@ -11,7 +11,7 @@ PROGRAM = """
 import os, signal, sys, time
 from contextlib import suppress
 from engrid.cli.app import app, main
-from engrid.cli.console import told
+from engrid.cli.console import report_errors
 from engrid.cluster import interrupts
 
 interrupts.AGAIN_SECONDS = 0.2
@@ -22,7 +22,7 @@ def press(number):
 
 @app.command()
 def cut():
-    with told():
+    with report_errors():
         {body}
 
 sys.argv = ["engrid", "cut"]

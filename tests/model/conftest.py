@@ -1,25 +1,8 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from engrid.addressing.canonical import CanonicalVocabulary, deepseek_tokenizer
 from engrid.addressing.spec import EngramSpec
 from engrid.model.config import ModelConfig
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture(scope="session")
-def vectors():
-    return json.loads((GOLDEN / "engram_vectors.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def deepseek():
-    tokenizer = deepseek_tokenizer()
-    return tokenizer, CanonicalVocabulary(tokenizer)
 
 
 def small_spec(**changes):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import told
+from .console import report_errors
 from .options import path_option
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def run(name: str, json: Path | None, **options: Any) -> None:
 
     # gRPC's fork handlers would warn at each process that Ray starts while our channels are open.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    with told():
+    with report_errors():
         if not (ROOT / "benchmarks" / f"{name}.py").is_file():
             raise ValueError(
                 "engrid bench needs a source checkout (pip install -e .): the benchmarks are not in the package"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import console, errors, told, where
+from .console import console, errors, report_errors, run_directory
 from .options import RunDir, path_option
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def save(
     from engrid.cluster.status import memory_of
     from engrid.control.checkpoints import CheckpointSave, check_folder, live_states
 
-    with told(), memory_of(where(run_dir)) as client:
+    with report_errors(), memory_of(run_directory(run_dir)) as client:
         states = live_states(client)
         names = _chosen(run, tables, {state.table for state in states}, client)
         identity, attempt, step = _stand([state for state in states if state.table in names], names)
@@ -109,7 +109,7 @@ def restore(
     from engrid.control.checkpoints import check_replaces, restore_tables
     from engrid.storage.errors import CheckpointMissingError
 
-    with told(), memory_of(where(run_dir)) as client:
+    with report_errors(), memory_of(run_directory(run_dir)) as client:
         checkpoints = _open(folder)
         chain = checkpoints.chain(name) if name else checkpoints.latest()
         if not chain:
@@ -132,7 +132,7 @@ def verify(
 ) -> None:
     """Read every file of a checkpoint and of those it builds on; name each that is not as it was written."""
 
-    with told():
+    with report_errors():
         checkpoints = _open(folder)
         names = [name] if name else checkpoints.names()
         problems = dict.fromkeys(problem for each in names for problem in checkpoints.verify(each))
@@ -150,7 +150,7 @@ def list_checkpoints(folder: Folder = DEFAULT_FOLDER) -> None:
 
     from engrid.storage.errors import CheckpointError
 
-    with told():
+    with report_errors():
         checkpoints = _open(folder)
         table = Table("name", "run", "step", "attempt", "rows", "model", "MiB", box=None)
         for name in checkpoints.names():

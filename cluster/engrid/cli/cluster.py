@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import command, console, told, where
+from .console import command, console, report_errors, run_directory
 from .options import Address, CheckpointFolders, Memory, Redis, RunDir, Shards, Timeout, Workers
 
 
@@ -25,9 +25,9 @@ def up(
     from engrid.cluster.config import ClusterConfig
     from engrid.cluster.launch import up as launch
 
-    with told():
+    with report_errors():
         config = ClusterConfig(
-            run_dir=where(run_dir),
+            run_dir=run_directory(run_dir),
             shards=shards,
             workers=workers,
             memory_gib=memory,
@@ -53,12 +53,12 @@ def down(
     """Stop what `engrid up` started, and nothing else. Live rows that no checkpoint holds are discarded."""
     from engrid.cluster.stop import down as stop
 
-    with told():
+    with report_errors():
         with console.status("stopping"):
-            stopped = stop(where(run_dir), keep_rows=keep_rows)
+            stopped = stop(run_directory(run_dir), keep_rows=keep_rows)
         say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
         if not stopped.parts and not stopped.kept and not stopped.discarded_kept:
-            say(f"no cluster is up in {where(run_dir)}")
+            say(f"no cluster is up in {run_directory(run_dir)}")
             return
         if stopped.parts:
             say(f"stopped {', '.join(stopped.parts)}")
@@ -80,5 +80,5 @@ def status(
     """Show shards, workers and tables."""
     from engrid.cluster.status import show_status
 
-    with told():
-        show_status(where(run_dir), console, watch=watch)
+    with report_errors():
+        show_status(run_directory(run_dir), console, watch=watch)

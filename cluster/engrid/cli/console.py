@@ -17,7 +17,7 @@ errors = Console(stderr=True)
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Our errors in one red line, exit code 1; Ctrl-C is 130. Anything else is a bug and keeps its traceback."""
     from engrid.cluster.config import ClusterError
     from engrid.directory import DirectoryError
@@ -50,7 +50,7 @@ def command(words: str, run_dir: Path | None) -> str:
     return f"engrid {words}" + (f" --run-dir {shlex.quote(str(run_dir))}" if run_dir else "")
 
 
-def where(run_dir: Path | None) -> Path:
+def run_directory(run_dir: Path | None) -> Path:
     """The run directory asked for, or the default."""
     from engrid.cluster.config import default_run_dir
 

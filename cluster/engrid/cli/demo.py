@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, told
+from .console import console, report_errors
 from .options import MOST_SHARDS, Address, Redis, Shards, path_option
 
 
@@ -26,7 +26,7 @@ def demo(
     from engrid.cluster.config import ClusterConfig
     from engrid.demo.run import run_demo
 
-    with told():
+    with report_errors():
         out.mkdir(parents=True, exist_ok=True)
         config = ClusterConfig(
             run_dir=out.resolve() / "run",

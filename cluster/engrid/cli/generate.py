@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, told, where
+from .console import console, report_errors, run_directory
 from .options import RunDir, number_option, path_option
 
 
@@ -32,12 +32,12 @@ def generate(
     from engrid.cluster.config import require_cluster
     from engrid.cluster.generate import argument_text, open_model, stream
 
-    with told():
+    with report_errors():
         prompt = argument_text(prompt)
         if run and checkpoint is not None:
             raise ValueError("give --run (what is published) or --checkpoint (that one), not both")
         chosen = None if run else (checkpoint or Path("engrid-run/checkpoint")).expanduser().resolve()
-        record = require_cluster(where(run_dir))
+        record = require_cluster(run_directory(run_dir))
         with open_model(record, chosen, run) as worker:
             console.print(prompt, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
             totals = stream(

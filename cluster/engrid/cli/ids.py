@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, told
+from .console import console, report_errors
 from .options import path_option
 
 
@@ -28,7 +28,7 @@ def ids(
 
     from .ids_table import of_checkpoint, of_preset, print_ids
 
-    with told():
+    with report_errors():
         if checkpoint is not None and (preset is not None or tokenizer is not None):
             raise ValueError(
                 "a checkpoint has its own shape and tokenizer: give --checkpoint alone, or --preset and --tokenizer"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import told, where
+from .console import report_errors, run_directory
 from .options import MOST_GIB, CheckpointFolders, Redis, RunDir, number_option, path_option
 
 
@@ -48,7 +48,7 @@ def shard(
     from engrid.shard.config import ShardConfig
     from engrid.shard.journal.state_folder import owner_of
 
-    with told():
+    with report_errors():
         port = listen.rpartition(":")[2]
         kept = owner_of(state) if state is not None and name is None else ""
         serve(
@@ -56,7 +56,7 @@ def shard(
                 name=name or kept or f"shard-{os.getpid() if port == '0' else port}",
                 listen=listen,
                 advertise_host=advertise_host,
-                directory=redis if redis is not None else folder_source(where(run_dir)),
+                directory=redis if redis is not None else folder_source(run_directory(run_dir)),
                 memory_bytes=int(memory * (1 << 30)) if memory is not None else None,
                 state=state,
                 checkpoints=tuple(checkpoints or ()),

@@ -10,7 +10,7 @@ import typer
 
 from engrid.cluster import interrupts
 
-from .console import command, console, errors, told, where
+from .console import command, console, errors, report_errors, run_directory
 from .options import RunDir, number_option, path_option
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def train(
     The first Ctrl-C ends the run after the step under way and saves a checkpoint; the second ends it at once.
     """
 
-    with told():
+    with report_errors():
         training = _configuration(
             config,
             out=out,
@@ -165,7 +165,7 @@ def _train(training: TrainConfig, run_dir: Path | None) -> None:
     from engrid.cluster.config import require_cluster
     from engrid.cluster.train import train_with_progress
 
-    record = require_cluster(where(run_dir))
+    record = require_cluster(run_directory(run_dir))
     try:
         result = train_with_progress(record, training, console, stoppable=True)
     except BaseException:

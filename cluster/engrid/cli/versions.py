@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import console, told, where
+from .console import console, report_errors, run_directory
 from .options import RunDir, path_argument
 
 
@@ -19,10 +19,10 @@ def publish(
     run_dir: RunDir = None,
 ) -> None:
     """Make a checkpoint the version of its run that new readers get; who reads another one keeps it."""
-    with told():
+    with report_errors():
         from engrid.cluster.versions import publish as publish_checkpoint
 
-        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint.expanduser(), run)
+        run, version, dropped = publish_checkpoint(run_directory(run_dir), checkpoint.expanduser(), run)
         console.print(f"version {version} of run {run} is current", highlight=False)
         if dropped:
             console.print(f"dropped {', '.join(dropped)}", style="dim", highlight=False)
@@ -37,14 +37,14 @@ def versions(
     run_dir: RunDir = None,
 ) -> None:
     """Show what is published and loaded, go back to an earlier version, or drop unused ones."""
-    with told():
+    with report_errors():
         from engrid.cluster.versions import prune as prune_run
         from engrid.cluster.versions import roll_back, show_versions
 
         if rollback is not None:
-            name = roll_back(where(run_dir), rollback, to)
+            name = roll_back(run_directory(run_dir), rollback, to)
             console.print(f"version {name} of run {rollback} is current again", highlight=False)
         if prune is not None:
-            dropped = prune_run(where(run_dir), prune)
+            dropped = prune_run(run_directory(run_dir), prune)
             console.print(f"dropped {', '.join(dropped) or 'nothing'}", highlight=False)
-        show_versions(where(run_dir), console)
+        show_versions(run_directory(run_dir), console)

@@ -3,7 +3,7 @@
 import pytest
 
 from engrid.storage.log.segments import CorruptLogError
-from tests.shard.log_lives import LogLives
+from tests.storage.log.log_lives import LogLives
 
 SEEDS = 400
 
