@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from engrid.addressing.spec import EngramSpec
 from engrid.model.config import ModelConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def small_spec(**changes):

@@ -7,7 +7,7 @@ bits. This package imports nothing else of ours.
 from .errors import NonFiniteGradientError, ReadOnlyTableError, RowOutOfRangeError, TableError
 from .finite import magnitude
 from .formats import decode_rows, encode_rows
-from .gradients import check_finite, sum_duplicates
+from .gradients import sum_duplicates
 from .initial import initial_rows
 from .optimizers import check_learning_rate
 from .row_table import RowTable
@@ -24,7 +24,6 @@ __all__ = [
     "RowTable",
     "TableError",
     "TableSpec",
-    "check_finite",
     "check_float",
     "check_int",
     "check_keys",

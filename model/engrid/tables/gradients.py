@@ -1,4 +1,4 @@
-"""Row gradients of a batch: duplicates summed before they are pushed (docs/engram.md, section 7), non-finite ones refused.
+"""Row gradients of a batch: duplicates summed before they are pushed (docs/engram.md, section 7).
 
 Summing 32,768 rows is dominated by moving rows, so no row is moved twice. Row id and position are packed into one
 integer: such keys are distinct, so numpy's vectorised unstable sort orders them stably, at a seventh of the time of
@@ -9,8 +9,6 @@ those are summed by `add.reduceat`, which costs too much per run to be used for 
 
 import numpy as np
 import numpy.typing as npt
-
-from .errors import NonFiniteGradientError
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -70,15 +68,3 @@ def _sum_runs(grads: Floats, order: Ids, starts: Ids) -> Floats:
         remaining = rows.take(order[places], mode="clip").view(np.float32).reshape(-1, width)
         result[active] += np.add.reduceat(remaining, firsts, axis=0)
     return result
-
-
-def check_finite(grads: Floats) -> None:
-    """Raise NonFiniteGradientError, naming the first place, if `grads` [n, width] holds NaN or infinity."""
-    finite = np.isfinite(grads)
-    if finite.all():
-        return
-    row, column = np.argwhere(~finite)[0]
-    raise NonFiniteGradientError(
-        f"gradient {row} of {len(grads)} is {grads[row, column]} at value {column};"
-        " skip the step or lower the learning rate"
-    )

@@ -228,7 +228,7 @@ class RowTable:
         """Replace local rows start, start + 1, ... by `raw` uint8 [n, row_bytes].
 
         Their optimizer state begins anew: zeros, and as master rows the values of `raw`. A checkpoint's state is
-        written into `state_arrays()` after this.
+        written into `arrays()` after this.
         """
         if raw.ndim != 2 or raw.shape[1] != self.spec.row_bytes or raw.dtype != np.uint8:
             raise ValueError(f"raw is {raw.dtype} {raw.shape}; give uint8 [n, {self.spec.row_bytes}]")
