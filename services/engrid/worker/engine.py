@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engrid.client import MemoryClient
-from engrid.model.canonical import CanonicalVocabulary
+from engrid.model.canonical import CanonicalVocabulary, encode
 from engrid.model.config import EngramSpec
 from engrid.model.generate import PREFILL_CHUNK, Memory, generate
 from engrid.model.hashing import NgramHasher
@@ -144,7 +144,7 @@ class Engine:
         comes. The rest is as for engrid.model.generate, whose ValueErrors are raised on the first piece.
         """
         generation = Generation(iter(()))
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = encode(self.tokenizer, prompt).ids
         tokens_of = partial(
             generate,
             self.model,
