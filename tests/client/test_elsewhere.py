@@ -239,7 +239,7 @@ def test_tables_of_a_shard_that_left_are_named_with_what_to_do_and_can_be_given_
     try:
         with MemoryClient(f"file:{tmp_path}") as client:
             for make in ({"exist_ok": True}, {}):
-                with pytest.raises(ShardUnavailableError, match="has rows on s0, .*--state folder.* replace=True"):
+                with pytest.raises(ShardUnavailableError, match=r"has rows on s0, .*--state folder.* replace=True"):
                     create_tables(client, [SPEC], **make)
             drop_tables(client, ["other", "t"])
             create_tables(client, [SPEC])

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import bench, checkpoints, interrupts, train_command
 from .options import (
@@ -35,6 +34,7 @@ from .options import (
     path_argument,
     path_option,
 )
+from .terminal import Terminal
 
 app = typer.Typer(
     name="engrid",
@@ -45,8 +45,8 @@ app = typer.Typer(
 )
 app.add_typer(bench.app)
 app.add_typer(checkpoints.app)
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 
 def main() -> None:
@@ -325,7 +325,7 @@ def publish(
     with told():
         from .versions import publish as publish_checkpoint
 
-        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint.expanduser(), run)
+        run, version, dropped = publish_checkpoint(where(run_dir), checkpoint, run)
         console.print(f"version {version} of run {run} is current", highlight=False)
         if dropped:
             console.print(f"dropped {', '.join(dropped)}", style="dim", highlight=False)
