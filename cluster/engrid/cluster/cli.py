@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from engrid.rpc.search_path import look_last_in_the_working_folder
+
+look_last_in_the_working_folder()
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
 
@@ -244,10 +247,12 @@ def shard(
 
     with told():
         port = listen.rpartition(":")[2]
-        kept = owner_of(state) if state is not None and name is None else ""
+        if name is None:
+            name = owner_of(state) if state is not None else ""
+            name = name or f"shard-{os.getpid() if port == '0' else port}"
         serve(
             ShardConfig(
-                name=name or kept or f"shard-{os.getpid() if port == '0' else port}",
+                name=name,
                 listen=listen,
                 advertise_host=advertise_host,
                 directory=redis if redis is not None else folder_source(where(run_dir)),

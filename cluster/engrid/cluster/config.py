@@ -149,8 +149,12 @@ class Record:
 
 def make_run_dir(run_dir: Path) -> None:
     """Makes the folder, for this user alone; one that is there stays as it is."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    run_dir.mkdir(mode=0o700, exist_ok=True)
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        words = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror
+        raise ClusterError(f"run directory {run_dir} cannot be made: {words}; give another --run-dir") from error
 
 
 class ClusterError(Exception):
