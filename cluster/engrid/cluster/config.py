@@ -96,6 +96,8 @@ class Record:
     ready: bool = False
     kept: bool = False
     """Nothing runs: the cluster was taken down, and its shards' state folders are there for the next `engrid up`."""
+    from_kept: bool = False
+    """An `engrid up` that goes on from kept rows is not done yet; where it is cut off, they are kept still."""
 
     @property
     def namespace(self) -> str:
@@ -164,8 +166,11 @@ class ClusterError(Exception):
 def require_cluster(run_dir: Path) -> Record:
     """The record of the cluster that is up; raises ClusterError where none is."""
     record = Record.load(run_dir)
-    if record is None or not record.ready:
+    if record is not None and record.ready:
+        return record
+    start = f"engrid up --run-dir {shlex.quote(str(run_dir))}"
+    if record is not None and not record.kept:
         raise ClusterError(
-            f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {shlex.quote(str(run_dir))}"
+            f"engrid up is not done in {run_dir}; wait for it, or where it was cut off give it again: {start}"
         )
-    return record
+    raise ClusterError(f"no cluster is up in {run_dir}; start one with: {start}")
