@@ -350,6 +350,8 @@ def versions(
         from .versions import prune as prune_run
         from .versions import roll_back, show_versions
 
+        if to and rollback is None:
+            raise ValueError(f"--to {to} needs --rollback RUN")
         if rollback is not None:
             name = roll_back(where(run_dir), rollback, to)
             console.print(f"version {name} of run {rollback} is current again", highlight=False)
