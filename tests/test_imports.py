@@ -29,8 +29,9 @@ def test_imports_nothing_of_ours_but_the_command_line(module):
     done = run(
         f"import sys, {module}; print(sorted(name for name in sys.modules if name.split('.')[0] in {{'torch', 'ray', 'grpc', 'engrid'}}))"
     )
-    also = {"engrid.cluster.cli": ["bench", "checkpoints", "interrupts", "options", "train_command"]}.get(module, [])
-    ours = sorted([module, *(f"engrid.cluster.{name}" for name in also)])
+    parts = ["bench", "checkpoints", "interrupts", "options", "terminal", "train_command"]
+    of_the_command_line = [*(f"engrid.cluster.{name}" for name in parts), "engrid.rpc", "engrid.rpc.search_path"]
+    ours = sorted([module, *(of_the_command_line if module == "engrid.cluster.cli" else [])])
     assert done.stdout.strip() == str(["engrid", "engrid.cluster", *ours]), done.stderr
 
 
