@@ -37,8 +37,8 @@ def test_imports_nothing_of_ours_but_the_command_line(module):
                 f"engrid.cli.{name}"
                 for name in ("app", "bench", "checkpoints", "cluster", "console", "demo", "generate", "ids")
             ),
-            *(f"engrid.cli.{name}" for name in ("options", "shard", "train", "versions")),
-            *("engrid.cluster", "engrid.cluster.interrupts"),
+            *(f"engrid.cli.{name}" for name in ("options", "shard", "terminal", "train", "versions")),
+            *("engrid.cluster", "engrid.cluster.interrupts", "engrid.host", "engrid.host.search_path"),
         ],
         "engrid.cluster.actors": ["engrid.cluster", "engrid.cluster.actors"],
     }

@@ -2,9 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from engrid.addressing.canonical import CanonicalVocabulary, read_tokenizer, tokenizer_of
+from engrid.addressing.canonical import CanonicalVocabulary, encode, read_tokenizer, tokenizer_of
 
 
 def test_deepseek_vocabulary_shrinks_as_published(deepseek, vectors):
@@ -90,6 +90,29 @@ def test_ids_that_cannot_be_hashed_are_refused_by_name(what, tmp_path):
     path.write_text(json.dumps({**bpe(), **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"tokenizer .*theirs.json {words}"):
         read_tokenizer(path)
+
+
+@pytest.mark.parametrize("head", ["", "\ufeff"])
+def test_a_file_without_added_tokens_or_with_a_byte_order_mark_is_read(head, tmp_path):
+    values = bpe()
+    del values["added_tokens"]
+    path = tmp_path / "theirs.json"
+    path.write_text(head + json.dumps(values), encoding="utf-8")
+    assert encode(read_tokenizer(path), TEXT).ids == IDS
+
+
+@pytest.mark.parametrize("text", ["b", "\udcff"])
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_an_error(text):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
+    with pytest.raises(ValueError, match="cannot encode this text"):
+        encode(tokenizer, text)
+
+
+def test_what_a_template_adds_to_a_text_is_none_of_its_tokens():
+    tokenizer = tokenizer_of(json.dumps(bpe()), "theirs")
+    tokenizer.post_processor = processors.TemplateProcessing(single="h $A h", special_tokens=[("h", 7)])
+    assert tokenizer.encode("ab").ids == [7, 9, 7]
+    assert encode(tokenizer, "ab").ids == [9]
 
 
 def test_a_vocabulary_with_a_hole_is_refused_though_nobody_read_it_from_a_file():

@@ -110,6 +110,23 @@ def test_bad_input_is_named_in_one_line(tmp_path, arguments, match):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 5000], ids=["empty", "two lines", "long"])
+def test_a_name_that_could_not_be_found_again_is_refused(tmp_path, name):
+    done = engrid("shard", "--run-dir", tmp_path, "--name", name)
+    assert done.returncode == 1
+    assert "shard name" in done.stderr
+    assert len(done.stderr) < 500
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_in_place_of_the_run_directory_is_named(tmp_path, below):
+    file = tmp_path / "file"
+    file.touch()
+    done = engrid("up", "--run-dir", f"{file}{below}")
+    assert done.returncode == 1
+    assert f"run directory {file}{below} cannot be made" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -138,6 +155,8 @@ def test_bad_input_is_named_in_one_line(tmp_path, arguments, match):
         ["generate", "x", "--max-new-tokens", "99999999999"],
         ["generate", "x", "--seed", "-1"],
         ["status", "--run-dir", ""],
+        ["status", "--run-dir", "redis://:secret@h"],
+        ["train", "--text", "https://h/x.txt"],
     ],
     ids=" ".join,
 )

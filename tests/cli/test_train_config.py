@@ -44,6 +44,12 @@ def test_what_is_printed_is_a_whole_configuration_and_is_taken_back(tmp_path):
     assert json.loads(again) == json.loads(printed)
 
 
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"steps": 5}\r\n')
+    assert read_config(path, out=tmp_path).steps == 5
+
+
 def test_options_win_over_a_file_and_a_file_over_the_defaults(tmp_path):
     path = file(
         tmp_path, {"steps": 7, "batch": 3, "model": {"layers": 3, "engram": {"heads": 2}}, "out": str(tmp_path)}
@@ -80,6 +86,8 @@ def test_a_run_without_memory_has_no_engram(tmp_path):
 
 WRONG = [
     ('{"steps": 3,}', "is no JSON"),
+    ('{"steps": 3, "steps": 4}', "'steps' is given twice"),
+    ('{"model": ' + "[" * 100_000, "is no JSON"),
     ("[1]", "no JSON object"),
     ("3", "no JSON object"),
     ({"wings": 2}, "the configuration has unknown keys ['wings']"),

@@ -229,3 +229,33 @@ def test_pins_are_renewed_whatever_one_renewal_meets(tmp_path, monkeypatch):
         while client.pins.trouble is not None:
             assert time.monotonic() < until
         pin.release()
+
+
+def test_tables_of_a_shard_that_left_are_named_with_what_to_do_and_can_be_given_up(tmp_path):
+    """A shard without --state that was stopped and started again has another name, and none of its rows."""
+    with closing_shard(f"file:{tmp_path}"), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [SPEC, table("other")])
+        client.lookup("t", np.arange(3))
+    server = ShardServer(ShardConfig(name="s1", directory=f"file:{tmp_path}"))
+    try:
+        with MemoryClient(f"file:{tmp_path}") as client:
+            for make in ({"exist_ok": True}, {}):
+                with pytest.raises(ShardUnavailableError, match=r"has rows on s0, .*--state folder.* replace=True"):
+                    create_tables(client, [SPEC], **make)
+            drop_tables(client, ["other", "t"])
+            create_tables(client, [SPEC])
+            assert (values(client) == 0).all()
+    finally:
+        server.stop(0)
+
+
+def test_a_table_of_a_shard_that_left_is_replaced(tmp_path):
+    with closing_shard(f"file:{tmp_path}"), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [SPEC])
+    server = ShardServer(ShardConfig(name="s1", directory=f"file:{tmp_path}"))
+    try:
+        with MemoryClient(f"file:{tmp_path}") as client:
+            create_tables(client, [SPEC], replace=True)
+            assert (values(client) == 0).all()
+    finally:
+        server.stop(0)

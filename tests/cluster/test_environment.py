@@ -67,6 +67,14 @@ def test_modules_in_the_working_folder_of_a_shard_are_not_run(hostile, tmp_path,
         assert len(client.lookup("t", np.arange(3))) == 3
 
 
+@pytest.mark.parametrize("path", [f"{os.pathsep}/nowhere", f"/nowhere{os.pathsep}"])
+def test_an_empty_entry_of_pythonpath_runs_nothing_of_the_working_folder(hostile, tmp_path, path, monkeypatch):
+    """`PYTHONPATH=$PYTHONPATH:/mine` leaves one."""
+    monkeypatch.chdir(hostile)
+    done = engrid("versions", "--run-dir", tmp_path / "none", env={"PYTHONPATH": path})
+    assert "nothing is up" in done.stderr
+
+
 def test_a_proxy_of_the_shell_is_not_asked_for_shards(tmp_path, monkeypatch):
     for name, value in DEAD_PROXY.items():
         monkeypatch.setenv(name, value)

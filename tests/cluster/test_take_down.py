@@ -86,7 +86,12 @@ def test_kept_rows_are_there_in_the_next_cluster(second, run_dir):
     fewer = engrid("up", "--run-dir", run_dir, "--shards", 1)
     assert fewer.returncode == 1
     assert "keeps the rows of 2 shards" in fewer.stderr
-    succeeded(engrid("up", "--run-dir", run_dir, *UP))
+    killed = start_engrid("up", "--run-dir", run_dir, *UP)
+    wait_for(lambda: (record := Record.load(run_dir)).ray_pid and record.from_kept)
+    killed.kill()
+    killed.communicate()
+    assert "engrid up is not done in" in engrid("train", "--run-dir", run_dir).stderr
+    succeeded(engrid("up", "--run-dir", run_dir, *UP))  # stops what the killed one left, and keeps the rows
     assert Record.load(run_dir).shards != addresses, "they were told of the new ones"
     assert np.array_equal(rows_of(run_dir), before)
 

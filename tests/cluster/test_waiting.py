@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -80,6 +81,13 @@ def test_an_error_names_the_shards_that_are_away_and_what_to_type(record, tmp_pa
     (tmp_path / "out put" / "checkpoint" / "step-00000004").mkdir(parents=True)
     resume = f"engrid train --resume --out '{config.out}' --run-dir {record.run_dir}"
     assert str(with_cure(record, config, error)).endswith(resume)
+
+
+def test_a_worker_that_is_away_is_started_again_with_its_cluster(record):
+    gone = replace(record, workers={"worker-0": record.shards["s1"]})
+    cured = str(with_cure(gone, TrainConfig(run="r", out="o"), ShardUnavailableError("worker-0 is gone")))
+    again = f"engrid down --keep-rows --run-dir {record.run_dir} ; engrid up --shards 2 --workers 1 --run-dir {record.run_dir}"
+    assert f"Start worker-0, s1 again: {again} ;" in cured
 
 
 def test_an_error_of_another_kind_stays_itself(tmp_path):

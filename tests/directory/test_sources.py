@@ -95,6 +95,30 @@ def test_what_is_neither_is_refused(text: str) -> None:
             read(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("unix://run/r.sock", "three slashes"),
+        ("redis://my host:1", "names no host"),
+        ("redis://a,b:1", "names no host"),
+        ("redis://${REDIS}", "names no host"),
+        ("redis://h?db=1&db=2", "twice"),
+        ("redis://h/1?db=2", "two databases"),
+        ("redis://h?db=", "is no number"),
+        ("redis://h?db=-1", "is no number"),
+        ("redis://h?host=other", "host is no option"),
+        ("redis://h?port=1", "port is no option"),
+        ("redis://h?socket_timeout=0", "number of seconds"),
+        ("redis://h?socket_timeout=nan", "number of seconds"),
+    ],
+)
+def test_a_url_that_redis_py_would_take_for_another_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        redis_url(text)
+    with pytest.raises(ValueError, match=words):
+        read_source(text)
+
+
 @pytest.mark.parametrize("text", ["", "name", "/run/x", "file:/run/x", "./localhost:6379", "localhost", "http://h:1"])
 def test_an_option_for_redis_takes_no_folder(text: str) -> None:
     with pytest.raises(ValueError, match=r"names no Redis: give redis://HOST:PORT"):

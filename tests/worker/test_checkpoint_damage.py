@@ -181,3 +181,10 @@ def test_tables_that_the_model_does_not_address_are_refused(checkpoint, store):
     change_model(checkpoint, engram={**about["model"]["engram"], "vocab_size": [sizes[0] + 40, *sizes[1:]]})
     with pytest.raises(CheckpointError, match=r"holds tables .*, its model reads"):
         load(checkpoint, store)
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoints(trained, tmp_path):
+    assert open_checkpoint(trained.out).path == open_checkpoint(trained.out / "checkpoint").path
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_checkpoint(tmp_path)

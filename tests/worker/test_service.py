@@ -132,6 +132,16 @@ def test_a_model_that_is_not_named_or_not_loaded_is_refused(worker, trained, tmp
         ask(worker, model="demo@90-0")
 
 
+def test_a_prompt_the_tokenizer_has_no_tokens_for_is_refused(worker, trained, monkeypatch):
+    def refuse(tokenizer, text):
+        raise ValueError(f"the tokenizer cannot encode {text}")
+
+    load(worker, trained.checkpoint)
+    monkeypatch.setattr("engrid.worker.engine.encode", refuse)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "cannot encode"):
+        ask(worker)
+
+
 def test_the_model_used_longest_ago_goes_when_there_are_too_many(worker, trained, tmp_path):
     first, second = (load(worker, other_model(tmp_path / str(seed), seed=seed)).model for seed in (1, 2))
     ask(worker, model=first)

@@ -147,17 +147,20 @@ def verify(
 def list_checkpoints(folder: Folder = DEFAULT_FOLDER) -> None:
     """Show the checkpoints of a folder, oldest first."""
     from rich.table import Table
+    from rich.text import Text
 
     from engrid.storage.errors import CheckpointError
 
     with report_errors():
         checkpoints = _open(folder)
-        table = Table("name", "run", "step", "attempt", "rows", "model", "MiB", box=None)
+        table = Table(box=None, pad_edge=False)
+        for column in ("name", "run", "step", "attempt", "rows", "model", "MiB"):
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
         for name in checkpoints.names():
             try:
                 manifest = checkpoints.chain(name)[-1]
             except CheckpointError as error:
-                table.add_row(name, f"[red]{error}[/red]")
+                table.add_row(name, Text(str(error), style="red"))
                 continue
             size = sum(size for size, _ in manifest.sha256s().values()) / (1 << 20)
             rows = f"changed since {manifest.base}" if manifest.base else "all"

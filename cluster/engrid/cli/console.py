@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from engrid.cluster import interrupts
 
-console = Console()
-errors = Console(stderr=True)
+from .terminal import Terminal
+
+console = Terminal()
+errors = Terminal(stderr=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from engrid.addressing.canonical import CanonicalVocabulary, deepseek_tokenizer, read_tokenizer, tokenizer_of
+from engrid.addressing.canonical import CanonicalVocabulary, deepseek_tokenizer, encode, read_tokenizer, tokenizer_of
 from engrid.addressing.hashing import NgramHasher
 from engrid.addressing.spec import PRESETS, EngramSpec
 from engrid.worker.saved_model import TOKENIZER, open_checkpoint
@@ -49,7 +49,7 @@ def print_ids(text: str, hashing: Hashing, *, layer: int, as_json: bool, console
     spec, encoder = hashing.spec, hashing.tokenizer
     if layer not in spec.layers:
         raise ValueError(f"layer {layer}: {hashing.name} has Engram layers {', '.join(map(str, spec.layers))}")
-    tokens = encoder.encode(text, add_special_tokens=False)
+    tokens = encode(encoder, text)
     canonical = CanonicalVocabulary(encoder)
     hasher = NgramHasher.over(spec, canonical)
     canonical_ids = canonical.map(np.array([tokens.ids], np.int64).reshape(1, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,11 @@ def read_path(text: str | Path) -> Path:
     given = str(text)
     if not given or "\0" in given:
         raise typer.BadParameter("the path is empty")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        from engrid.directory import masked
+
+        shown = masked(given)
+        raise typer.BadParameter(f"{shown} is an address and no path; for a folder of that name give ./{shown}")
     if not given.startswith("~"):
         return Path(given)
     from engrid.directory import expand_home
@@ -61,7 +67,7 @@ def _finite(least: float, most: float) -> Callable[[str | float], float]:
         except ValueError:
             number = math.nan
         if not least <= number <= most:
-            raise typer.BadParameter(f"{text} is no number from {least:g} to {most:g}")
+            raise typer.BadParameter(f"{text!r} is no number from {least:g} to {most:g}")
         return number
 
     return read

@@ -50,10 +50,12 @@ def shard(
 
     with report_errors():
         port = listen.rpartition(":")[2]
-        kept = owner_of(state) if state is not None and name is None else ""
+        if name is None:
+            name = owner_of(state) if state is not None else ""
+            name = name or f"shard-{os.getpid() if port == '0' else port}"
         serve(
             ShardConfig(
-                name=name or kept or f"shard-{os.getpid() if port == '0' else port}",
+                name=name,
                 listen=listen,
                 advertise_host=advertise_host,
                 directory=redis if redis is not None else folder_source(run_directory(run_dir)),

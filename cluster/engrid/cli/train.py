@@ -76,7 +76,8 @@ def train(
     kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.", show_default="2")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.", show_default="256")] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(help="BPE entries learned from the text.", show_default="4096")
+        int | None,
+        typer.Option(help="BPE entries learned from the text.", min=300, max=1 << 16, show_default="4096"),
     ] = None,
     experts: Annotated[int | None, typer.Option(help="Routed experts per layer.", show_default="8")] = None,
     top_k: Annotated[int | None, typer.Option(help="Routed experts a token goes to.", show_default="2")] = None,

@@ -57,14 +57,21 @@ def print_config(config: TrainConfig) -> None:
     print(json.dumps(config.to_json(), indent=1))
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> Values:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]!r} is given twice")
+    return dict(pairs)
+
+
 def _read_file(path: Path) -> Values:
     try:
-        found = json.loads(path.expanduser().read_bytes().decode())
+        found = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_each_once)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read: {error.strerror}; give a JSON file (engrid train --print-config)"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object, but {str(found)[:50]!r}; see engrid train --print-config")  # noqa: TRY004

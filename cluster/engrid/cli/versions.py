@@ -22,7 +22,7 @@ def publish(
     with report_errors():
         from engrid.cluster.versions import publish as publish_checkpoint
 
-        run, version, dropped = publish_checkpoint(run_directory(run_dir), checkpoint.expanduser(), run)
+        run, version, dropped = publish_checkpoint(run_directory(run_dir), checkpoint, run)
         console.print(f"version {version} of run {run} is current", highlight=False)
         if dropped:
             console.print(f"dropped {', '.join(dropped)}", style="dim", highlight=False)
@@ -41,6 +41,8 @@ def versions(
         from engrid.cluster.versions import prune as prune_run
         from engrid.cluster.versions import roll_back, show_versions
 
+        if to and rollback is None:
+            raise ValueError(f"--to {to} needs --rollback RUN")
         if rollback is not None:
             name = roll_back(run_directory(run_dir), rollback, to)
             console.print(f"version {name} of run {rollback} is current again", highlight=False)

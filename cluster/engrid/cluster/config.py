@@ -96,6 +96,8 @@ class Record:
     ready: bool = False
     kept: bool = False
     """Nothing runs: the cluster was taken down, and its shards' state folders are there for the next `engrid up`."""
+    from_kept: bool = False
+    """An `engrid up` that goes on from kept rows is not done yet; where it is cut off, they are kept still."""
 
     @property
     def namespace(self) -> str:
@@ -149,8 +151,12 @@ class Record:
 
 def make_run_dir(run_dir: Path) -> None:
     """Makes the folder, for this user alone; one that is there stays as it is."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    run_dir.mkdir(mode=0o700, exist_ok=True)
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        words = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror
+        raise ClusterError(f"run directory {run_dir} cannot be made: {words}; give another --run-dir") from error
 
 
 class ClusterError(Exception):
@@ -160,8 +166,11 @@ class ClusterError(Exception):
 def require_cluster(run_dir: Path) -> Record:
     """The record of the cluster that is up; raises ClusterError where none is."""
     record = Record.load(run_dir)
-    if record is None or not record.ready:
+    if record is not None and record.ready:
+        return record
+    start = f"engrid up --run-dir {shlex.quote(str(run_dir))}"
+    if record is not None and not record.kept:
         raise ClusterError(
-            f"no cluster is up in {run_dir}; start one with: engrid up --run-dir {shlex.quote(str(run_dir))}"
+            f"engrid up is not done in {run_dir}; wait for it, or where it was cut off give it again: {start}"
         )
-    return record
+    raise ClusterError(f"no cluster is up in {run_dir}; start one with: {start}")

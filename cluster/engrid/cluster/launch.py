@@ -39,11 +39,9 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
     """
     require("ray", *(["torch", "tokenizers", "safetensors"] if config.workers and not config.address else []))
     with changing(config.run_dir, "engrid up"):
-        kept = Record.load(config.run_dir)
-        if kept is not None:
-            _check_kept(config, kept)
+        kept = _kept(config, say)
         registered = check_directory_free(config.directory)
-        record = replace(kept, kept=False) if kept else _new_record(config)
+        record = replace(kept, kept=False, from_kept=True) if kept else _new_record(config)
         deadline = time.monotonic() + config.timeout
         try:
             record = (_join_ray if config.address else _start_ray)(config, record, say, deadline)
@@ -51,7 +49,7 @@ def up(config: ClusterConfig, say: Callable[[str], None] = lambda _: None) -> Re
             _wait_healthy(record, deadline)
             if kept is not None:
                 _announce(record)
-            return record.changed(config.run_dir, ready=True)
+            return record.changed(config.run_dir, ready=True, from_kept=False)
         except BaseException:
             stop_record(config.run_dir, keep_rows=kept is not None)
             raise
@@ -65,8 +63,22 @@ def _new_record(config: ClusterConfig) -> Record:
     )
 
 
+def _kept(config: ClusterConfig, say: Callable[[str], None]) -> Record | None:
+    """The record to go on from; None for a new cluster. What an `up` that was cut off has left is stopped first.
+
+    Raises ClusterError where a cluster is up, or where this one cannot go on from what is kept.
+    """
+    record = Record.load(config.run_dir)
+    if record is not None and not record.ready and not record.kept:
+        say("stopping what an engrid up that was cut off has left")
+        stop_record(config.run_dir, keep_rows=record.from_kept)
+        record = Record.load(config.run_dir)
+    if record is not None:
+        _check_kept(config, record)
+    return record
+
+
 def _check_kept(config: ClusterConfig, kept: Record) -> None:
-    """Raises ClusterError unless the record is of a cluster that was taken down, and that this one can go on from."""
     if not kept.kept:
         raise ClusterError(
             f"a cluster is up in {config.run_dir} already; stop it with: engrid down --run-dir {config.run_dir}"

@@ -20,7 +20,12 @@ LOCK_FILE = "cluster.lock"
 def changing(run_dir: Path, command: str) -> Iterator[None]:
     """Held with the block; raises ClusterError, naming the process, while another holds it."""
     make_run_dir(run_dir)
-    file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        file = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ClusterError(
+            f"run directory {run_dir} cannot be written: {error.strerror}; give another --run-dir"
+        ) from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from engrid.client import MemoryClient
 from engrid.directory import DirectoryError, Placement, folder_source, masked, open_directory
@@ -68,13 +68,11 @@ class _Look:
         return Group(*parts)
 
     def _shards(self, directory: str, shards: Mapping[str, str], answers: Mapping[str, _Shard]) -> Table:
-        table = _table(
-            f"shards ({escape(masked(directory))})", "shard", "address", "epoch", "GiB", "of", "rows read", "rows/s"
-        )
+        table = _table(f"shards ({masked(directory)})", "shard", "address", "epoch", "GiB", "of", "rows read", "rows/s")
         for name, address in shards.items():
             shard = answers[name]
             if shard.problem:
-                table.add_row(name, address, f"[red]{shard.problem}[/red]")
+                table.add_row(name, address, Text(shard.problem, style="red"))
                 continue
             placement = _placement(shard)
             table.add_row(
@@ -229,10 +227,10 @@ def _workers(workers: Mapping[str, str]) -> Table:
         answers = list(threads.map(_ask_worker, workers.values()))
     for (name, address), about in zip(workers.items(), answers, strict=True):
         if isinstance(about, str):
-            table.add_row(name, address, f"[red]{about}[/red]")
+            table.add_row(name, address, Text(about, style="red"))
         else:
             doing = "training" if about.training else "idle"
-            table.add_row(name, address, about.device, doing, escape(about.checkpoint) or "-")
+            table.add_row(name, address, about.device, doing, about.checkpoint or "-")
     return table
 
 

@@ -69,7 +69,7 @@ def stop_record(run_dir: Path, *, keep_rows: bool) -> Stopped:
             parts=[*record.actors, *(["Ray"] if record.ray_temp else [])],
             tables=tables,
             kept=keep_rows,
-            discarded_kept=record.kept and not keep_rows,
+            discarded_kept=(record.kept or record.from_kept) and not keep_rows,
             by_hand={name: shard.pid for name, shard in by_hand.items()},
         )
 
@@ -85,7 +85,15 @@ def _check_keepable(record: Record) -> None:
 
 def _keep(record: Record, run_dir: Path) -> None:
     record.changed(
-        run_dir, kept=True, ready=False, ray_address=None, ray_pid=None, ray_temp=None, actors=[], workers={}
+        run_dir,
+        kept=True,
+        from_kept=False,
+        ready=False,
+        ray_address=None,
+        ray_pid=None,
+        ray_temp=None,
+        actors=[],
+        workers={},
     )
 
 

@@ -122,7 +122,7 @@ def _follow(
 def progress_bar(console: Console) -> Progress:
     """Loss, tokens per second and time left."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),

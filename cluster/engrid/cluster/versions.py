@@ -9,6 +9,7 @@ from rich.table import Table
 
 from engrid.client.pins import tables_held
 from engrid.control.versions import rollback_version
+from engrid.directory import Version
 from engrid.tables import NAME
 from engrid.worker.saved_model import open_rows
 from engrid.worker.serve.sealed_tables import prune as prune_versions
@@ -44,6 +45,12 @@ def prune(run_dir: Path, run: str) -> list[str]:
         return prune_versions(client, run)
 
 
+def _state(version: Version, versions: tuple[Version, ...]) -> str:
+    if version is versions[-1]:
+        return "current"
+    return "taken back" if version.taken_back else "published"
+
+
 def show_versions(run_dir: Path, console: Console) -> None:
     """Prints what is published and what else is loaded."""
     with memory_of(run_dir) as client:
@@ -54,7 +61,7 @@ def show_versions(run_dir: Path, console: Console) -> None:
     table = Table("run", "version", "", "readers", "GiB")
     published = {name for versions in placement.versions.values() for each in versions for name in each.tables}
     rows = [
-        (run, each.name, "current" if each is versions[-1] else "published", each.tables)
+        (run, each.name, _state(each, versions), each.tables)
         for run, versions in sorted(placement.versions.items())
         for each in versions
     ]

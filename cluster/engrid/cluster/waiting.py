@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from engrid.directory import masked
 from engrid.worker.config import TrainConfig
 from engrid.worker.saved_model import FOLDER
 
@@ -75,17 +76,23 @@ class ShardWatch:
 
 
 def with_cure(record: Record, config: TrainConfig, error: Exception) -> Exception:
-    """The error, and where shards are away what starts each again and goes on with the run."""
-    shards = shards_of(record)
-    lost = away(shards, timeout=ASK_SECONDS)
-    if not lost:
+    """The error, and where shards or workers are away what starts each again and goes on with the run."""
+    lost = away(shards_of(record), timeout=ASK_SECONDS)
+    workers = away(record.workers, timeout=ASK_SECONDS)
+    if not lost and not workers:
         return error
-    again = "; ".join(record.start_again(name) for name in lost)
+    if workers:  # a shard can be started by hand, a worker with Ray alone
+        run_dir = f"--run-dir {shlex.quote(record.run_dir)}"
+        count = f"--shards {len(record.shards)} --workers {len(record.workers)}"
+        if not record.directory.startswith("file:"):
+            count += f" --redis {shlex.quote(masked(record.directory))}"
+        start = f"Start {', '.join([*workers, *lost])} again: engrid down --keep-rows {run_dir} ; engrid up {count} {run_dir}"
+    else:
+        again = "; ".join(record.start_again(name) for name in lost)
+        start = f"Start {', '.join(lost)} again, and stop it first where its process hangs: {again}"
     where = f"--out {shlex.quote(config.out)} --run-dir {shlex.quote(record.run_dir)}"
     if any(Path(config.out, FOLDER).glob("step-*")):
         then = f"then go on from the newest checkpoint: engrid train --resume {where}"
     else:
         then = "no checkpoint was made yet (--checkpoint-every N), so the run begins anew"
-    return ClusterError(
-        f"{error}. Start {', '.join(lost)} again, and stop it first where its process hangs: {again} ; {then}"
-    )
+    return ClusterError(f"{error}. {start} ; {then}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from engrid.v1 import compute_pb2 as pb
 from engrid.worker.config import TrainConfig
@@ -71,9 +71,9 @@ def trace_table(prompt: str, traces: Sequence[pb.TokenTrace]) -> Table:
     table.add_column("gate", justify="right", no_wrap=True)
     for trace in traces:
         table.add_row(
-            escape(repr(trace.token)),
+            Text(repr(trace.token)),
             str(trace.layer),
-            "\n".join(_end(repr(ngram.text)) for ngram in trace.ngrams),
+            Text("\n".join(_end(repr(ngram.text)) for ngram in trace.ngrams)),
             "\n".join(" ".join(map(str, ngram.row_ids)) for ngram in trace.ngrams),
             "\n".join(f"{gate:.3f}" for gate in trace.gates),
         )
@@ -82,7 +82,7 @@ def trace_table(prompt: str, traces: Sequence[pb.TokenTrace]) -> Table:
 
 def _end(text: str) -> str:
     """The end of an n-gram, which tells it from the others of its line."""
-    return escape(text if len(text) <= 20 else f"…{text[-19:]}")
+    return text if len(text) <= 20 else f"…{text[-19:]}"
 
 
 def whole_lines(text: str) -> str:

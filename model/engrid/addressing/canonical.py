@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers
 
 from .lookup import DEAD
 
@@ -78,7 +78,7 @@ def tokenizer_of(text: str, name: str) -> Tokenizer:
     if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None
     # The library gives added tokens the ids that come next, whatever ids the file says they have.
-    for added in json.loads(text)["added_tokens"] or ():
+    for added in json.loads(text).get("added_tokens", ()):
         if (given := tokenizer.token_to_id(added["content"])) != added["id"]:
             raise ValueError(
                 f"{name} gives added token {added['content']!r} the id {added['id']}, but the next id of its vocabulary is "
@@ -86,6 +86,14 @@ def tokenizer_of(text: str, name: str) -> Tokenizer:
             )
     check_ids(tokenizer, name)
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Encoding:
+    """The tokens of a text and no others. Raises ValueError where the tokenizer has none for a part of it."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower, and TypeError for half a surrogate pair
+        raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
 
 def check_ids(tokenizer: Tokenizer, name: str) -> None:
@@ -118,7 +126,7 @@ def deepseek_tokenizer() -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json; see tokenizer_of."""
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer {path} cannot be read: {error}; give a tokenizer.json") from error
     return tokenizer_of(text, f"tokenizer {path}")

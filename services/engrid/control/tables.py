@@ -43,8 +43,9 @@ def create_tables(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadRequestError(f"table {', '.join(twice)} is given twice")
     directory = directory_of(client)
-    before = current(directory)
-    existing = sorted(set(names) & before.tables.keys())
+    published = directory.placement() or EMPTY_PLACEMENT
+    existing = sorted(set(names) & published.tables.keys())
+    before = over_registered(directory, without_tables(published, existing) if replace else published)
     if exist_ok:
         for spec in specs:
             _check_same(spec, before.tables.get(spec.name))
@@ -56,7 +57,7 @@ def create_tables(
         raise BadRequestError(
             f"table {', '.join(existing)} exists; keep it (exist_ok=True), replace it (replace=True), or drop it first"
         )
-    after = with_tables(without_tables(before, existing), specs, partitions_per_shard=partitions_per_shard)
+    after = with_tables(before, specs, partitions_per_shard=partitions_per_shard)
     _check(client, after)
     # Dropped in an epoch of its own: a table of the same spec in the next would be taken for the one that is there.
     drop_tables(client, existing)
@@ -78,10 +79,11 @@ def drop_tables(client: MemoryClient, names: Iterable[str]) -> None:
     """Frees tables on all shards; names that do not exist are passed over. Raises BadRequestError for no list of names."""
     if isinstance(names, str):
         raise BadRequestError(f"names is {names!r}; give a list of names")
-    before = current(directory_of(client))
+    directory = directory_of(client)
+    before = directory.placement() or EMPTY_PLACEMENT
     known = [name for name in names if name in before.tables]
     if known:
-        change(client, before, without_tables(before, known))
+        change(client, before, over_registered(directory, without_tables(before, known)))
 
 
 def spread_placement(client: MemoryClient) -> None:
@@ -110,11 +112,22 @@ def directory_of(client: MemoryClient) -> Directory:
 
 
 def current(directory: Directory) -> Placement:
-    """The placement as it stands, over the shards registered now."""
+    """The placement as it stands, over the shards registered now; raises as over_registered."""
+    return over_registered(directory, directory.placement() or EMPTY_PLACEMENT)
+
+
+def over_registered(directory: Directory, placement: Placement) -> Placement:
+    """The placement over the shards registered now. Raises ShardUnavailableError where one is not that holds rows of it."""
     addresses = {record.name: record.address for record in directory.shards().values()}
     if not addresses:
         raise ShardUnavailableError("no shard is registered; start some first (engrid up)")
-    placement = directory.placement() or EMPTY_PLACEMENT
+    for name, parts in placement.partitions.items():
+        if gone := sorted({shard for part in parts for shard in part.shards} - addresses.keys()):
+            raise ShardUnavailableError(
+                f"table {name} has rows on {', '.join(gone)}, which is not registered (there are {', '.join(sorted(addresses))}); "
+                f"start it again by that name and with the --state folder it had, or give the table up: "
+                "create_tables(..., replace=True), or drop_tables"
+            )
     return placement if placement.shards == addresses else with_shards(placement, addresses)
 
 

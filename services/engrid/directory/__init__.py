@@ -17,7 +17,16 @@ from .errors import (
     ShardUnknownError,
 )
 from .file import FileDirectory
-from .placement import EMPTY_PLACEMENT, Partition, Placement, with_shards, with_tables, with_version, without_tables
+from .placement import (
+    EMPTY_PLACEMENT,
+    Partition,
+    Placement,
+    with_rollback,
+    with_shards,
+    with_tables,
+    with_version,
+    without_tables,
+)
 from .records import Directory, ShardRecord, process_lives, this_host
 from .sources import (
     FolderSource,
@@ -60,6 +69,7 @@ __all__ = [
     "read_source",
     "redis_url",
     "this_host",
+    "with_rollback",
     "with_shards",
     "with_tables",
     "with_version",

@@ -207,6 +207,17 @@ def with_version(placement: Placement, run: str, version: Version) -> Placement:
     return _next(placement, versions={**placement.versions, run: (*others, version)})
 
 
+def with_rollback(placement: Placement, run: str, name: str) -> Placement:
+    """Return the placement at epoch + 1 with a published version of the run as its current one, and those published after
+    it as taken back. One that was taken back itself is current again, and what is before it stays as it is."""
+    versions = placement.versions[run]
+    at = next(index for index, each in enumerate(versions) if each.name == name)
+    if versions[at].taken_back:
+        return with_version(placement, run, replace(versions[at], taken_back=False))
+    later = tuple(replace(each, taken_back=True) for each in versions[at + 1 :])
+    return _next(placement, versions={**placement.versions, run: (*versions[:at], *later, versions[at])})
+
+
 def _next(placement: Placement, **changes: Any) -> Placement:
     return replace(placement, epoch=placement.epoch + 1, **changes)
 

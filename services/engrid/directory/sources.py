@@ -20,6 +20,9 @@ from urllib.parse import parse_qsl, urlsplit
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*)):([0-9]{1,5})", re.ASCII)
 
+HOST = re.compile(r"[\w.:%-]+")
+SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,9})?", re.ASCII)
+
 
 @dataclass(frozen=True)
 class FolderSource:
@@ -85,7 +88,8 @@ def check_redis(url: str) -> str:
     shown = masked(url)
     parts = urlsplit(url)
     try:
-        port, query = parts.port, dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        port = parts.port
+        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
         raise ValueError(
             f"{shown!r} is no URL of Redis; write #, ?, / and @ in a password as %23, %3F, %2F and %40"
@@ -93,15 +97,34 @@ def check_redis(url: str) -> str:
     if parts.fragment or url != url.strip() or any(ord(letter) < 32 for letter in url):
         raise ValueError(f"{shown!r} is no URL of Redis; write # in a password as %23, and no blanks around it")
     if parts.scheme == "unix":
-        if not parts.path.strip("/"):
-            raise ValueError(f"{shown!r} names no socket; give unix:///PATH, and ?db=N for a database")
-    elif not parts.hostname or port == 0:
+        if parts.hostname or port is not None or not parts.path.strip("/"):
+            raise ValueError(
+                f"{shown!r} names no socket; give unix:///PATH with three slashes, and ?db=N for a database"
+            )
+    elif not parts.hostname or port == 0 or not HOST.fullmatch(parts.hostname):
         raise ValueError(f"{shown!r} names no host; give {parts.scheme}://HOST:PORT")
     elif not re.fullmatch(r"/?|/[0-9]{1,9}", parts.path):
         raise ValueError(f"{shown!r}: database {parts.path[1:]!r} is no number; give {parts.scheme}://HOST:PORT/0")
+    _check_options(shown, pairs, has_database=parts.scheme != "unix" and len(parts.path) > 1)
+    return url
+
+
+def _check_options(shown: str, pairs: list[tuple[str, str]], *, has_database: bool) -> None:
+    """redis-py would pass over these, or take one of two that contradict each other."""
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise ValueError(f"{shown!r} gives an option twice; give each once")
+    if named := sorted({"host", "port", "path"} & query.keys()):
+        raise ValueError(f"{shown!r}: {named[0]} is no option; it stands before the ?")
+    if has_database and "db" in query:
+        raise ValueError(f"{shown!r} names two databases; give /N or ?db=N")
+    if not re.fullmatch("[0-9]{1,9}", query.get("db", "0")):
+        raise ValueError(f"{shown!r}: database {query['db']!r} is no number; give ?db=0")
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if not SECONDS.fullmatch(query.get(name, "1")) or not 0 < float(query.get(name, "1")) <= 3600:
+            raise ValueError(f"{shown!r}: {name} is no number of seconds; give more than 0, at most 3600")
     if query.get("prefix") == "":
         raise ValueError(f"{shown!r}: the prefix is empty; give ?prefix=NAME, or none")
-    return url
 
 
 def is_address(text: str) -> bool:

@@ -24,9 +24,17 @@ class Version:
     checkpoint: str = ""
     """Folder of the checkpoint that its rows are of, which may hold the dense weights that go with them; empty: none."""
 
+    taken_back: bool = False
+    """A rollback went past it: the next one goes further back, and not to this one."""
+
     def to_json(self) -> dict[str, Any]:
         """Return what `versions_from_json` reads."""
-        return {"name": self.name, "tables": list(self.tables), "checkpoint": self.checkpoint}
+        return {
+            "name": self.name,
+            "tables": list(self.tables),
+            "checkpoint": self.checkpoint,
+            "taken_back": self.taken_back,
+        }
 
 
 def check_version(run: str, version: Version, tables: Mapping[str, TableSpec]) -> None:
@@ -46,11 +54,11 @@ def versions_from_json(run: str, versions: Any) -> tuple[Version, ...]:
         raise PlacementError(f"versions of run {run} are {versions!r}; give a JSON array")
     result = []
     for each in versions:
-        check_keys(f"a version of run {run}", each, {"name", "tables", "checkpoint"})
+        check_keys(f"a version of run {run}", each, {"name", "tables", "checkpoint", "taken_back"})
         texts = isinstance(each["name"], str) and isinstance(each["checkpoint"], str)
-        if not texts or not isinstance(each["tables"], list):
+        if not texts or not isinstance(each["tables"], list) or not isinstance(each["taken_back"], bool):
             raise PlacementError(
-                f"a version of run {run} is {each!r}; give a name, an array of tables and a checkpoint"
+                f"a version of run {run} is {each!r}; give a name, an array of tables, a checkpoint and a truth value"
             )
-        result.append(Version(each["name"], tuple(each["tables"]), each["checkpoint"]))
+        result.append(Version(each["name"], tuple(each["tables"]), each["checkpoint"], each["taken_back"]))
     return tuple(result)

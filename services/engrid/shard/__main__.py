@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from engrid.host.search_path import look_last_in_the_working_folder
+
+look_last_in_the_working_folder()
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # the working folder: a random.py or queue.py that lies there is not ours
 

@@ -10,6 +10,8 @@ from engrid.host.memory import gib, memory
 
 MEMORY_SHARE = 0.8
 """Of what is free, for rows; the rest is for replies, pushes and the log."""
+MOST_NAME = 200
+"""Letters of a shard's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,10 @@ class ShardConfig:
     """Hand sealed rows to processes of this host and user, to be mapped and read without asking."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"shard name {self.name!r}: give a name without slashes")
+        if not 0 < len(self.name) <= MOST_NAME or "/" in self.name or not self.name.isprintable():
+            raise ValueError(
+                f"shard name {self.name[: MOST_NAME + 1]!r}: give a name of at most {MOST_NAME} letters, without slashes or line breaks"
+            )
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"listen {self.listen!r}: give HOST:PORT, for example 127.0.0.1:7400 or 127.0.0.1:0")

@@ -94,7 +94,7 @@ class SavedModel(SavedRows):
 
 
 def open_checkpoint(path: Path) -> SavedModel:
-    """path: of one checkpoint, or of a folder of them, whose newest complete one with a model is taken.
+    """path: of one checkpoint, or of a folder of them or the `out` of a run, whose newest complete one with a model is taken.
 
     Raises CheckpointError where there is none, or one of another format.
     """
@@ -153,6 +153,8 @@ def _find(path: Path, having: str = "") -> tuple[Checkpoints, list[Manifest], Pa
             raise CheckpointError(f"{path} holds checkpoint {name}; give the folder that name")
     checkpoints = Checkpoints(LocalDisk(path.parent if one else path))
     chain = checkpoints.chain(path.name) if one else checkpoints.latest(having=having)
+    if not chain and not one and (path / FOLDER).is_dir():
+        return _find(path / FOLDER, having)  # the --out of a run
     if not chain:
         of_a_model = " of a model" if having else ""
         raise CheckpointMissingError(f"{path} holds no checkpoint{of_a_model}; train one, or name another folder")

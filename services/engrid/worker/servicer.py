@@ -65,15 +65,15 @@ class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
         except ModelNotLoadedError as error:
             none = "no model is loaded; load a checkpoint first"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error) if self._models.names() else none)
-        generation = engine.generate(
-            request.prompt,
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            explain=request.explain,
-            draft_tokens=request.draft_tokens,
-        )
         try:
+            generation = engine.generate(
+                request.prompt,
+                max_new_tokens=request.max_new_tokens,
+                temperature=request.temperature,
+                seed=request.seed,
+                explain=request.explain,
+                draft_tokens=request.draft_tokens,
+            )
             sent = 0
             for text in generation.text:
                 if not context.is_active():

@@ -1,6 +1,7 @@
 """The corpus is a function of its files: whole files on either side, each content once, the same on every worker."""
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from engrid.rpc.errors import CancelledError
 from engrid.worker.train.corpus import END, prepare, split_documents
 from engrid.worker.train.stopping import Stopping
-from engrid.worker.train.text import find_text
+from engrid.worker.train.text import documents, find_text
 from engrid.worker.train.trainer import Batches
 from tests.worker.conftest import tiny_config
 
@@ -210,6 +211,28 @@ def test_bytes_that_are_no_text_are_replaced(root, tmp_path):
     corpus = prepare(tmp_path / "out", vocab_size=400, roots=[root])
     both = texts_of(corpus, corpus.train) + texts_of(corpus, corpus.validation)
     assert sum(text.startswith("na\ufffdve = 1") for text in both) == 1
+
+
+def test_what_is_written_as_utf_16_or_with_a_mark_is_the_text_it_spells(tmp_path):
+    marks = {"utf-8-sig", "utf-16", "utf-32"}
+    write(tmp_path, {f"{name}.txt": f"{name}: naïve\n".encode(name) for name in marks})
+    line = json.dumps({"text": "a line: naïve"}, ensure_ascii=False)
+    write(tmp_path, {"lines.jsonl": f"{line}\r\n".encode("utf-16")})
+    text = find_text([tmp_path])
+    read = {document for file in text.files for _, document in documents(file)}
+    assert read == {"a line: naïve"} | {f"{name}: naïve\n" for name in marks}
+    assert text.mended == 0
+
+
+def test_what_is_no_text_is_passed_over_and_what_is_not_utf_8_is_counted(tmp_path):
+    packed = gzip.compress(source("packed").encode())
+    write(tmp_path, {"packed.txt": packed, "a.txt": "naïve".encode("latin-1"), "b.txt": "naïve".encode()})
+    text = find_text([tmp_path])
+    assert [file.name for file in text.files] == ["a.txt", "b.txt"]
+    assert "1 with bytes that are no UTF-8" in text.describe()
+    assert "1 no text (zero bytes in it)" in text.describe()
+    with pytest.raises(ValueError, match=r"packed\.txt holds zero bytes and is no text"):
+        find_text([tmp_path / "packed.txt"])
 
 
 def files_of(folder):

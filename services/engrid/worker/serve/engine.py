@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from engrid.addressing.canonical import CanonicalVocabulary
+from engrid.addressing.canonical import CanonicalVocabulary, encode
 from engrid.addressing.hashing import NgramHasher
 from engrid.addressing.lookup import Lookup
 from engrid.addressing.spec import EngramSpec
@@ -144,7 +144,7 @@ class Engine:
         comes. The rest is as for engrid.model.generate, whose ValueErrors are raised on the first piece.
         """
         generation = Generation(iter(()))
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = encode(self.tokenizer, prompt).ids
         tokens_of = partial(
             generate,
             self.model,

@@ -7,6 +7,7 @@ not passed over: what is wrong with it is an error.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import hashlib
 import json
@@ -19,6 +20,12 @@ from pathlib import Path
 
 SUFFIXES = (".py", ".txt", ".md", ".jsonl")
 """Of text files; a line of the last holds a JSON object with a "text"."""
+
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"} | {
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""What a file may begin with to say how its text is written; UTF-32's first, whose mark begins as UTF-16's. None: UTF-8."""
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders that are not searched."""
@@ -44,6 +51,8 @@ class Text:
     files: list[TextFile] = field(default_factory=list)
     passed_over: collections.Counter[str] = field(default_factory=collections.Counter)
     """Number of files that are not trained on, by reason."""
+    mended: int = 0
+    """Files of `files` with bytes that are no UTF-8, each of which is read as U+FFFD."""
 
     @property
     def digest(self) -> str:
@@ -57,7 +66,8 @@ class Text:
         found = f"{len(self.files)} files with {size:,} bytes of text"
         passed = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()) if count)
         looked = f"{', '.join(self.suffixes)} in {', '.join(map(str, self.roots))}"
-        return f"looked for {looked}: {found}" + (f"; passed over: {passed}" if passed else "")
+        mended = f"; {self.mended} with bytes that are no UTF-8 and read as U+FFFD" if self.mended else ""
+        return f"looked for {looked}: {found}{mended}" + (f"; passed over: {passed}" if passed else "")
 
 
 def standard_library() -> Path:
@@ -129,9 +139,30 @@ def _take(path: Path, name: str, text: Text, seen: set[str], *, named: bool) -> 
         text.passed_over["empty"] += 1
     elif sha256 in seen:
         text.passed_over["with contents seen before"] += 1
+    elif _is_binary(contents):
+        if named:
+            raise ValueError(f"{path} holds zero bytes and is no text; give text in UTF-8, unpacked")
+        text.passed_over["no text (zero bytes in it)"] += 1
     else:
         seen.add(sha256)
+        text.mended += not _is_sound(contents)
         text.files.append(TextFile(path, name, len(contents), sha256))
+
+
+def _encoding(contents: bytes) -> str | None:
+    return next((encoding for mark, encoding in MARKS.items() if contents.startswith(mark)), None)
+
+
+def _is_binary(contents: bytes) -> bool:
+    return b"\0" in contents and _encoding(contents) in (None, "utf-8-sig")
+
+
+def _is_sound(contents: bytes) -> bool:
+    try:
+        contents.decode(_encoding(contents) or "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_regular(path: Path) -> bytes:
@@ -145,7 +176,8 @@ def read_regular(path: Path) -> bytes:
 
 
 def documents(file: TextFile) -> Iterator[tuple[str, str]]:
-    """Name and text of each document: the file, or each line of a .jsonl. Bytes that are not UTF-8 are replaced.
+    """Name and text of each document: the file, or each line of a .jsonl. Text is UTF-8 unless a mark at its start says
+    UTF-16 or UTF-32; bytes that are none are replaced.
 
     Raises ValueError where the file is not what was found, or a line holds no text.
     """
@@ -155,18 +187,19 @@ def documents(file: TextFile) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{file.path} cannot be read any more: {error.strerror or error}") from error
     if hashlib.sha256(contents).hexdigest() != file.sha256:
         raise ValueError(f"{file.path} has changed while it was read; start again when it is complete")
+    text = contents.decode(_encoding(contents) or "utf-8", errors="replace")
     if file.path.suffix.lower() != ".jsonl":
-        yield file.name, contents.decode("utf-8", errors="replace")
+        yield file.name, text
         return
-    for number, line in enumerate(contents.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{file.name}:{number}", _text_of(line, f"{file.path}, line {number}")
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _text_of(line: str, where: str) -> str:
     try:
-        value = json.loads(line.decode("utf-8", errors="replace"))
-    except ValueError as error:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ValueError(f'{where} has no "text" that is a string; give each line as {{"text": "..."}}')  # noqa: TRY004
