@@ -21,7 +21,7 @@ from engrid.model.generate import Memory
 from engrid.model.hashing import NgramHasher
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
-from engrid.rpc.errors import DeadlineExceededError, EngridError
+from engrid.rpc.errors import DeadlineExceededError, EngridError, RunMismatchError
 from engrid.tables import RowTable, TableSpec
 
 from .collisions import count_collisions, windows
@@ -273,7 +273,11 @@ class _Setup:
             durable=config.durable,
             bounded=config.staleness >= 0,
         )
-        assert step == self.start.step, f"the shards stand at step {step}, the weights at {self.start.step}"
+        if step != self.start.step:
+            raise RunMismatchError(
+                f"the shards stand at step {step} of run {config.run}, the weights at {self.start.step}: another process changed "
+                "the tables meanwhile. Resume from a checkpoint"
+            )
         return rows
 
 
