@@ -351,10 +351,6 @@ class ShardService:
     def _bytes_under(self, placement: Placement) -> int:
         return placement.bytes_by_shard().get(self.config.name, 0)
 
-    def bytes_held(self) -> int:
-        """Of rows and optimizer state."""
-        return self._rows.nbytes
-
     def backlog_bytes(self) -> int:
         """Of log, that a start would replay."""
         return self.journal.backlog_bytes()
