@@ -19,6 +19,7 @@ from engrid.rpc.errors import EngridError, UnknownTableError, from_rpc
 from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.v1 import memory_pb2 as pb
 
+from .apart import Calls, apart
 from .connections import Connections
 
 LEASE_SECONDS = 30.0
@@ -134,14 +135,18 @@ class Pins:
         request = pb.PinRequest(reader=self._reader, tables=tables, seconds=LEASE_SECONDS if tables else 0.0)
         timeout = self._connections.config.timeout
         transports = [self._connections.transport(shard) for shard in self._connections.placement().shards]
-        calls = [(each, each.future(lambda stub: stub.Pin, request, timeout)) for each in transports]
-        errors = []
-        for transport, call in calls:
-            try:
-                call.result()
-            except grpc.RpcError as error:
-                errors.append(from_rpc(error, transport.peer))
-        if errors:
+
+        def ask(calls: Calls) -> list[EngridError]:
+            begun = [(each, calls.add(each.future(lambda stub: stub.Pin, request, timeout))) for each in transports]
+            errors = []
+            for transport, call in begun:
+                try:
+                    call.result()
+                except grpc.RpcError as error:
+                    errors.append(from_rpc(error, transport.peer))
+            return errors
+
+        if errors := apart(ask):
             raise errors[0]
 
 
