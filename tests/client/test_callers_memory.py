@@ -175,3 +175,27 @@ def test_a_step_that_is_none_is_refused(reader, step):
         reader.lookup("t", [1], step=step)
     with pytest.raises(ValueError, match="timeout"):
         ClientConfig(timeout=float("nan"))
+
+
+BUFFERS = {
+    "another type": lambda shape: np.zeros(shape, np.float32),
+    "signed bytes": lambda shape: np.zeros(shape, np.int8),
+    "more positions": lambda shape: np.zeros((shape[0] + 1, *shape[1:]), np.uint8),
+    "more heads": lambda shape: np.zeros((shape[0], shape[1] + 1, shape[2]), np.uint8),
+    "flat": lambda shape: np.zeros(shape, np.uint8).reshape(-1),
+    "in Fortran's order": lambda shape: np.zeros(shape, np.uint8, order="F"),
+    "with gaps": lambda shape: np.zeros((shape[0], 2 * shape[1], shape[2]), np.uint8)[:, ::2],
+    "read-only": lambda shape: np.frombuffer(bytes(np.prod(shape)), np.uint8).reshape(shape),
+    "no array": lambda shape: bytearray(np.prod(shape)),
+}
+
+
+@pytest.mark.parametrize("name", ["t@1", "t"])
+@pytest.mark.parametrize("buffer", BUFFERS.values(), ids=BUFFERS.keys())
+def test_a_buffer_that_rows_cannot_be_written_to_as_they_are_is_refused(reader, name, buffer):
+    """Such a one came back unfilled, converted, or with the rows of one position at all."""
+    ids = np.array([[5, 6], [-1, -1], [700, 3]])
+    pending = reader.prefetch([RowLookup(name, ids, keys=np.array([1, 2, 3]), order=7)], timeout=60.0)
+    with pytest.raises(BadRequestError, match=f"table {name}: the buffer for its rows must be"):
+        pending.rows(name, buffer)
+    assert np.array_equal(pending.rows(name), expected(ids)), "and may be asked for again"
