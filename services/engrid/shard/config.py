@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from .memory import gib, memory
 
 MEMORY_SHARE = 0.8
 """Of what is free, for rows; the rest is for replies, pushes and the log."""
+
+
+MAX_NAME = 100
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
+"""A line of the state folder's lock, a file of the run directory, the end of another file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,10 @@ class ShardConfig:
     """Hand sealed rows to processes of this host and user, to be mapped and read without asking."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"shard name {self.name!r}: give a name without slashes")
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"shard name {self.name!r}: give letters, digits, '.', '_' and '-', not starting with a sign, {MAX_NAME} at most"
+            )
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"listen {self.listen!r}: give HOST:PORT, for example 127.0.0.1:7400 or 127.0.0.1:0")
