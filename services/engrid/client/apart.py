@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import grpc
 
 from engrid.rpc.errors import CancelledError
+from engrid.rpc.forks import check_not_forked, is_forked
 
 T = TypeVar("T")
 
@@ -35,7 +36,8 @@ class Calls:
     def stop(self) -> None:
         """Ends every call, and each to come; returns at once."""
         self._stopped = True
-        _thread.start_new_thread(self._cancel, ())
+        if not is_forked():
+            _thread.start_new_thread(self._cancel, ())
 
     def _cancel(self) -> None:
         for call in list(self._begun):
@@ -45,8 +47,9 @@ class Calls:
 def apart(work: Callable[[Calls], T], calls: Calls | None = None) -> T:
     """What `work` returns or raises, done by a thread of its own; it names to `calls` each call that it begins.
 
-    Raises CancelledError where a call of it ended because the connection was closed.
+    Raises CancelledError where a call of it ended because the connection was closed, ForkedError in a forked child.
     """
+    check_not_forked()
     calls = calls or Calls()
     done: queue.SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = queue.SimpleQueue()
 

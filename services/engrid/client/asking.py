@@ -25,6 +25,7 @@ from engrid.rpc.errors import (
     WrongEpochError,
     from_rpc,
 )
+from engrid.rpc.forks import check_not_forked
 
 from .client import MemoryClient
 from .connections import Method
@@ -57,6 +58,7 @@ def ask_all(
     A thread of its own calls gRPC: Ctrl-C in the middle of that leaves gRPC's locks held, and the next call hangs. Here
     it ends the wait, and then no call goes on.
     """
+    check_not_forked()
     if deadline is None:
         deadline = time.monotonic() + client.config.push_timeout
     asking = _Asking(client, method, requests, deadline)

@@ -202,6 +202,7 @@ class Connections:
 
         Raises CancelledError once the client was closed.
         """
+        check_not_forked()
         address = self.address(shard)
         with self._lock:
             self._check_open()

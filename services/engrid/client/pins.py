@@ -91,6 +91,7 @@ class Pins:
 
     def renew(self) -> None:
         """Tells shards that have just got their first tables. Raises ShardUnavailableError."""
+        check_not_forked()
         with self._lock:
             self._renew()
 
