@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, create_tables, training
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.tables import RowTable, decode_rows
 from tests.shards import load_initial, local_shards, table
@@ -199,3 +199,19 @@ def test_a_buffer_that_rows_cannot_be_written_to_as_they_are_is_refused(reader, 
     with pytest.raises(BadRequestError, match=f"table {name}: the buffer for its rows must be"):
         pending.rows(name, buffer)
     assert np.array_equal(pending.rows(name), expected(ids)), "and may be asked for again"
+
+
+def test_row_ids_of_a_push_are_read_once(tmp_path, monkeypatch):
+    """Written to by another thread after they were looked at, they lay in no partition: the step was applied empty."""
+    ids, check = np.arange(3), training._check_arrays
+
+    def check_then_write(*arguments):
+        check(*arguments)
+        ids[:] = 10**9
+
+    monkeypatch.setattr(training, "_check_arrays", check_then_write)
+    with local_shards(tmp_path, 1), MemoryClient(tmp_path) as client:
+        create_tables(client, [table("u", init_std=0.0)])
+        run = TrainingRun(client, run="r", tables=["u"])
+        assert run.push({"u": (ids, np.ones((3, 8), np.float32))}, step=1, learning_rate=1.0) == 3
+        assert (client.lookup("u", [0, 1, 2], step=1, dtype=np.float32) == -1).all()

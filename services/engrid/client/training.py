@@ -221,7 +221,10 @@ class TrainingRun:
             return np.empty(0, np.int64), np.empty((0, spec.width), np.float32)
         if not isinstance(given, tuple | list) or len(given) != 2:
             raise BadRequestError(f"table {table}: give a pair of row ids and gradients, not {type(given).__name__}")
-        ids, values = as_ids(given[0], f"table {table}: row ids of a push", 1), np.asarray(given[1])
+        ids = as_ids(
+            given[0], f"table {table}: row ids of a push", 1
+        ).copy()  # another thread may write to the caller's
+        values = np.asarray(given[1])
         _check_arrays(spec, ids, values)
         summed = sum_duplicates(ids, values)
         if len(summed[0]) < len(ids) and not np.isfinite(summed[1]).all():
