@@ -20,7 +20,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 
 from .apart import Calls, apart
-from .arrays import as_integer, check_text
+from .arrays import as_integer, check_number, check_text
 from .client import MemoryClient
 
 
@@ -191,9 +191,7 @@ def load_partition(
 
 def _first_chunk(table: str, index: int, step: int, run: str, attempt: int) -> pb.LoadChunk:
     check_text("run", run)
-    for name, number in (("step", step), ("attempt", attempt)):
-        if as_integer(number) is None or not 0 <= number < 2**63:
-            raise BadRequestError(f"{name} is {number!r}; give a whole number from 0")
+    step, attempt = check_number("step", step), check_number("attempt", attempt)
     return pb.LoadChunk(table=table, partition=index, step=step, run=run, attempt=attempt)
 
 

@@ -36,6 +36,14 @@ def as_integer(given: object) -> int | None:
     return int(given) if isinstance(given, int | np.integer) and not isinstance(given, bool) else None
 
 
+def check_number(what: str, given: object) -> int:
+    """A step or attempt as int; raises BadRequestError for what is no whole number from 0."""
+    number = as_integer(given)
+    if number is None or not 0 <= number < 2**63:
+        raise BadRequestError(f"{what} is {given!r}; give a whole number from 0")
+    return number
+
+
 def as_ids(given: Any, what: str, dimensions: int) -> Ids:
     """int64 of any integers (a list, int32, uint64 ...); the very array where it is int64 already, so not to be kept.
 

@@ -33,6 +33,7 @@ from engrid.v1 import memory_pb2 as pb
 
 from .admin import create_tables, current, directory_of, spread_placement
 from .apart import Calls, apart
+from .arrays import check_number, check_text
 from .attempts import Attempt, check_tables
 from .client import MemoryClient
 from .transport import GrpcTransport
@@ -59,7 +60,9 @@ class CheckpointSave:
         folder: of the checkpoints of this run. base: name of a published one; what has not changed since is left out.
         Raises OSError where the folder cannot be written, and what any shard answers: then none saves.
         """
-        attempt, tables = attempt.number if isinstance(attempt, Attempt) else attempt, check_tables(client, tables)
+        check_text("run", run)
+        attempt = check_number("attempt", attempt.number if isinstance(attempt, Attempt) else attempt)
+        step, tables = check_number("step", step), check_tables(client, tables)
         self.folder, self.name = folder.resolve(), checkpoint_name(step, attempt)
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
@@ -151,6 +154,7 @@ def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, at
     """
     _allow(client, folder)
     number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
+    number = check_number("attempt", number)
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
