@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from engrid.client import MemoryClient, create_tables
+from engrid.client import MemoryClient, TrainingRun, create_tables
 from engrid.directory.placement import Partition, Placement
 from engrid.rpc.errors import DiskFullError
 from engrid.shard.base import begin_snapshots
@@ -21,6 +21,7 @@ from engrid.tables import OptimizerSpec, TableSpec
 from engrid.v1 import memory_pb2 as pb
 from tests.shards import local_shards, table
 from tests.simulated_disk import SimulatedDisk
+from tests.waiting import until
 
 
 def placement(epoch=1, seed=0):
@@ -145,3 +146,14 @@ def test_room_for_a_base_is_asked_for_what_it_holds_and_sealed_rows_are_in_none(
         monkeypatch.setattr(service.journal.log._disk, "free_bytes", lambda: 1000 * 32 - 1)
         with pytest.raises(DiskFullError, match="needs 32000 bytes"):
             service._bases.make()
+
+
+def test_the_log_on_disk_stays_near_the_bound_that_bases_are_made_by(tmp_path):
+    """A segment of 64 MiB stayed active through all bases, whatever the bound."""
+    state = tmp_path / "state"
+    with local_shards(tmp_path, 1, state=state, log_bytes=1 << 17), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [table("t", 1000)])
+        run, rows = TrainingRun(client, run="r", tables=["t"]), (np.arange(1000), np.ones((1000, 8), np.float32))
+        for step in range(1, 31):
+            run.push({"t": rows}, step=step, learning_rate=1.0)
+        until(lambda: sum(path.stat().st_size for path in (state / "log").iterdir()) <= 5 << 17)

@@ -34,6 +34,7 @@ from .checkpointing import Checkpointing
 from .config import MEMORY_SHARE, ShardConfig
 from .gate import LONGEST_WAIT, Gate
 from .journal import Journal, Logged, Taken
+from .log import SEGMENT_BYTES
 from .memory import memory
 from .messages import Apply, PartitionKey, PartitionPush, PartitionState, Push, Together
 from .records import PushPart
@@ -41,6 +42,9 @@ from .rows import SealedPartition, TableRows, refuse_empty
 from .sealed import SealedRows
 from .state_folder import StateFolder
 from .transfers import Transfers
+
+LEAST_SEGMENT_BYTES = 1 << 16
+"""Of the log, which a base shortens by whole segments: one must not hold far more than makes a base due."""
 
 CONTROL_SECONDS = 10.0
 """For which a call that only asks waits for the lock, which a disk that hangs may keep."""
@@ -68,7 +72,8 @@ class ShardService:
         self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * memory().free)
         self._folder = StateFolder(config.state, config.name) if config.state else None
         try:
-            self.journal = Journal(config.name, self._folder.disk if self._folder else None)
+            segment = max(LEAST_SEGMENT_BYTES, min(SEGMENT_BYTES, config.log_bytes))
+            self.journal = Journal(config.name, self._folder.disk if self._folder else None, segment_bytes=segment)
         except BaseException:
             self._close_folder()
             raise
