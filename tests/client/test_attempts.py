@@ -15,7 +15,15 @@ import pytest
 from engrid.client import Attempt, MemoryClient, TrainingRun, claim_attempt
 from engrid.control.checkpoints import CheckpointSave, restore_tables
 from engrid.control.tables import create_tables
-from engrid.rpc.errors import BadRequestError, FencedError, RunMismatchError, UnknownTableError, from_rpc
+from engrid.rpc.errors import (
+    BadRequestError,
+    DeadlineExceededError,
+    ExpectedError,
+    FencedError,
+    RunMismatchError,
+    UnknownTableError,
+    from_rpc,
+)
 from engrid.v1 import memory_pb2 as pb
 from tests.shards import local_shards, shard_process, table
 
@@ -268,3 +276,84 @@ def test_a_run_that_another_run_took_over_is_told_so(store, other):
     TrainingRun(other, run="b", tables=["t"])
     with pytest.raises(RunMismatchError, match="takes pushes of attempt 1 of run b"):
         old.push({"t": PART}, step=1, learning_rate=1.0)
+
+
+def test_threads_that_share_a_run_push_one_after_the_other_and_lose_nothing(store):
+    """A push of the one used to pass for a retry of the other's: acknowledged, and in no row."""
+    run = TrainingRun(store, run="r", tables=["t"])
+
+    def push(_):
+        try:
+            return run.push({"t": PART}, step=run.step + 1, learning_rate=1.0) > 0
+        except ExpectedError:  # both took the same step for the next
+            return False
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = sum(pool.map(push, range(60)))
+    assert run.step == taken
+    assert first_value(store) == -taken
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_gradients_that_were_never_taken_are_not_acknowledged_as_a_retry_of_others(tmp_path, step):
+    """The answer to the first push is lost; what is pushed then is other gradients, of the same step or of the next."""
+    with local_shards(tmp_path, 1) as (shard,), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [SPEC])
+        run = TrainingRun(client, run="r", tables=["t"])
+        lose_answer(shard, "push")
+        with pytest.raises(DeadlineExceededError):
+            run.push({"t": PART}, step=1, learning_rate=1.0)
+        others = {"t": (PART[0], 10 * PART[1])}
+        if step == 1:
+            with pytest.raises(ExpectedError, match="is at step 1"):
+                run.push(others, step=1, learning_rate=1.0)
+            assert first_value(client) == -1
+        run.push(others, step=2, learning_rate=1.0)
+        assert first_value(client, step=2) == -11
+
+
+def test_a_step_being_committed_takes_no_other_gradients(tmp_path):
+    with local_shards(tmp_path, 2) as shards, MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [SPEC])
+        run = TrainingRun(client, run="r", tables=["t"])
+        lose_answer(shards[1], "commit")
+        with pytest.raises(DeadlineExceededError):
+            run.push({"t": PART}, step=1, learning_rate=1.0)
+        for others, rate in (({"t": (PART[0], 10 * PART[1])}, 1.0), ({}, 1.0), ({"t": PART}, 0.5)):
+            with pytest.raises(ExpectedError, match="being committed with other gradients"):
+                run.push(others, step=1, learning_rate=rate)
+        run.push({"t": PART}, step=1, learning_rate=1.0)
+        assert first_value(client, step=1) == -1
+
+
+def lose_answer(shard, method):
+    """The next call of a method of the shard's does what it was asked, and its answer is lost."""
+    service = shard._service
+    real = getattr(service, method)
+
+    def call(*arguments, **options):
+        setattr(service, method, real)
+        real(*arguments, **options)
+        raise DeadlineExceededError("the answer was lost")
+
+    setattr(service, method, call)
+
+
+def test_integers_of_numpy_are_integers(store):
+    run = TrainingRun(store, run="r", tables=["t"], attempt=np.int64(2), worker=np.int32(0), workers=np.uint8(1))
+    run.push({"t": PART}, step=np.int64(1), learning_rate=np.float32(1.0))
+    assert (run.attempt.number, run.step, first_value(store, step=np.int64(1))) == (2, 1, -1.0)
+
+
+@pytest.mark.parametrize("given", [None, "t", [("t", PART)], {"t": (PART[0],)}, {"t": (*PART, 3)}, {"t": 5}])
+def test_what_are_no_pairs_by_table_is_refused_whole(store, given):
+    run = TrainingRun(store, run="r", tables=["t"])
+    with pytest.raises(BadRequestError, match="give"):
+        run.push(given, step=1, learning_rate=1.0)
+    run.push({"t": PART}, step=1, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("run", ["", "\ud800", "r" * 513, None, 5])
+def test_a_run_has_a_name_that_travels(store, run):
+    with pytest.raises(BadRequestError, match="run"):
+        TrainingRun(store, run=run, tables=["t"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
+from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun, training
 from engrid.control.tables import create_tables
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.tables import RowTable, decode_rows
@@ -176,3 +176,43 @@ def test_a_step_that_is_none_is_refused(reader, step):
         reader.lookup("t", [1], step=step)
     with pytest.raises(ValueError, match="timeout"):
         ClientConfig(timeout=float("nan"))
+
+
+BUFFERS = {
+    "another type": lambda shape: np.zeros(shape, np.float32),
+    "signed bytes": lambda shape: np.zeros(shape, np.int8),
+    "more positions": lambda shape: np.zeros((shape[0] + 1, *shape[1:]), np.uint8),
+    "more heads": lambda shape: np.zeros((shape[0], shape[1] + 1, shape[2]), np.uint8),
+    "flat": lambda shape: np.zeros(shape, np.uint8).reshape(-1),
+    "in Fortran's order": lambda shape: np.zeros(shape, np.uint8, order="F"),
+    "with gaps": lambda shape: np.zeros((shape[0], 2 * shape[1], shape[2]), np.uint8)[:, ::2],
+    "read-only": lambda shape: np.frombuffer(bytes(np.prod(shape)), np.uint8).reshape(shape),
+    "no array": lambda shape: bytearray(np.prod(shape)),
+}
+
+
+@pytest.mark.parametrize("name", ["t@1", "t"])
+@pytest.mark.parametrize("buffer", BUFFERS.values(), ids=BUFFERS.keys())
+def test_a_buffer_that_rows_cannot_be_written_to_as_they_are_is_refused(reader, name, buffer):
+    """Such a one came back unfilled, converted, or with the rows of one position at all."""
+    ids = np.array([[5, 6], [-1, -1], [700, 3]])
+    pending = reader.prefetch([RowLookup(name, ids, keys=np.array([1, 2, 3]), order=7)], timeout=60.0)
+    with pytest.raises(BadRequestError, match=f"table {name}: the buffer for its rows must be"):
+        pending.rows(name, buffer)
+    assert np.array_equal(pending.rows(name), expected(ids)), "and may be asked for again"
+
+
+def test_row_ids_of_a_push_are_read_once(tmp_path, monkeypatch):
+    """Written to by another thread after they were looked at, they lay in no partition: the step was applied empty."""
+    ids, check = np.arange(3), training._check_arrays
+
+    def check_then_write(*arguments):
+        check(*arguments)
+        ids[:] = 10**9
+
+    monkeypatch.setattr(training, "_check_arrays", check_then_write)
+    with local_shards(tmp_path, 1), MemoryClient(tmp_path) as client:
+        create_tables(client, [table("u", init_std=0.0)])
+        run = TrainingRun(client, run="r", tables=["u"])
+        assert run.push({"u": (ids, np.ones((3, 8), np.float32))}, step=1, learning_rate=1.0) == 3
+        assert (client.lookup("u", [0, 1, 2], step=1, dtype=np.float32) == -1).all()

@@ -259,3 +259,21 @@ def test_a_table_of_a_shard_that_left_is_replaced(tmp_path):
             assert (values(client) == 0).all()
     finally:
         server.stop(0)
+
+
+def test_a_client_opened_by_a_shards_address_says_what_to_call_once_that_shard_has_moved(tmp_path):
+    state = ["--state", str(tmp_path / "state")]
+    said = (
+        "this client, opened by a shard's address, cannot look it up: open it by the run directory or the redis:// URL$"
+    )
+    with shard_process(tmp_path, "s0", *state) as (_, address), MemoryClient(tmp_path) as admin:
+        create_tables(admin, [SPEC])
+        client = MemoryClient(address, ClientConfig(timeout=5.0, push_timeout=0.2))
+        run = TrainingRun(client, run="r", tables=["t"])
+        values(client)
+    with client, shard_process(tmp_path, "s0", *state):
+        for call in (lambda: values(client), lambda: run.push(PART, step=1, learning_rate=1.0)):
+            with pytest.raises(ShardUnavailableError, match=said):
+                call()
+        with pytest.raises(ShardUnavailableError, match=said):
+            client.connections.describe("s0")

@@ -12,8 +12,10 @@ from tests.shards import load_initial, local_shards, table
 PARENT = """
 import multiprocessing, os, sys, threading, time
 import numpy as np
+from pathlib import Path
 from engrid.client import *
 from engrid.control import *
+from engrid.control.checkpoints import CheckpointSave, live_states
 from engrid.rpc.errors import EngridError
 from engrid.tables import TableSpec
 
@@ -23,6 +25,8 @@ client.lookup("t", ids)
 client.lookup("s@1", ids)
 run = TrainingRun(client, run="r", tables=["t"])
 pending = client.prefetch([RowLookup("t", ids[:, None])])
+export = export_partition(client, "t", 0)
+next(export)
 stop = threading.Event()
 
 def busy():
@@ -44,6 +48,17 @@ USES = {
     "open": lambda: MemoryClient(sys.argv[1]),
     "open by address": lambda: MemoryClient(next(iter(client._addresses if False else {"127.0.0.1:1": 0}))),
     "placement": lambda: client.placement,
+    "a shard asked": lambda: client.connections.describe("s0"),
+    "refresh": lambda: client.connections.refresh(),
+    "drop": lambda: drop_tables(client, ["t"]),
+    "load": lambda: load_partition(client, "t", 0, [b""], step=1),
+    "export": lambda: list(export_partition(client, "t", 0)),
+    "export under way": lambda: next(export),
+    "pin": lambda: client.pins.of_run("r"),
+    "renew": lambda: client.pins.renew(),
+    "prune": lambda: prune_versions(client, "r"),
+    "states": lambda: live_states(client),
+    "save": lambda: CheckpointSave(client, Path(sys.argv[1]), run="r", attempt=1, step=1, tables=["t"]),
 }
 
 def use(name):
@@ -109,7 +124,7 @@ client.close()
 """
     *said, last = run(code, folder)
     assert last == "64", "the parent goes on"
-    assert len(said) == 10
+    assert len(said) == 21
     for line in said:
         _, code, text = line.split("|", 2)
         assert code == "0", line

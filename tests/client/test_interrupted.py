@@ -13,9 +13,16 @@ import pytest
 from engrid.client import ClientConfig, MemoryClient, RowLookup, TrainingRun
 from engrid.client.cache.cached import CachedBatch
 from engrid.client.transport import GrpcTransport, Wanted
-from engrid.control.tables import create_tables
-from engrid.rpc.errors import CancelledError, DeadlineExceededError, EngridError, StepNotReachedError
+from engrid.control.tables import create_tables, export_partition, load_partition
+from engrid.rpc.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    EngridError,
+    ShardUnavailableError,
+    StepNotReachedError,
+)
 from tests.shards import load_initial, local_shards, table
+from tests.waiting import until
 
 MOST = 4
 SPEC, SEALED = table(), table("s@1", optimizer=None)
@@ -266,3 +273,51 @@ def test_a_program_goes_on_after_many_a_ctrl_c(folder):
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == ("interrupted True\n", "")
+
+
+def reopened(client):
+    with MemoryClient(client.connections.directory.folder) as other:
+        other.lookup("u", [1])
+
+
+OTHER_CALLS = {
+    "a table made": lambda client: create_tables(client, [table("x", 100 + client.placement.epoch)], replace=True),
+    "rows loaded": lambda client: load_partition(client, "u", 0, [bytes(16_000), bytes(16_000)], step=1),
+    "rows exported": lambda client: list(export_partition(client, "u", 0)),
+    "a run begun": lambda client: TrainingRun(client, run="r", tables=["u"]),
+    "the placement read": lambda client: client.connections.refresh(),
+    "a shard asked": lambda client: client.connections.describe("s0"),
+    "a client opened and closed": reopened,
+}
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS.values(), ids=OTHER_CALLS.keys())
+def test_a_call_of_any_kind_cut_off_leaves_the_client_and_the_shards_as_they_were(tmp_path, call):
+    """Ctrl-C inside gRPC left its locks held, and the next call, or closing, hung for ever."""
+    with local_shards(tmp_path, 1) as (shard,), MemoryClient(tmp_path) as client:
+        create_tables(client, [table("u")])
+        call(client)
+        began = time.monotonic()
+        call(client)
+        took, cut = time.monotonic() - began, 0
+        for place in np.random.default_rng(5).uniform(0, 1.2 * took, 25):
+            try:
+                with interrupted_after(place):
+                    call(client)
+            except Interrupt:
+                cut += 1
+            except ShardUnavailableError:
+                assert call is OTHER_CALLS["rows loaded"], "the load that was cut off is ending still"
+            assert client.lookup("u", [1], timeout=60).any() or call is OTHER_CALLS["rows loaded"]
+            client.connections.refresh()
+            assert shard._service.journal.core.epoch == client.connections.directory.placement().epoch
+        assert cut
+
+        def again():
+            try:
+                call(client)
+            except ShardUnavailableError:
+                return False
+            return True
+
+        until(again)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engrid.client import ClientConfig, MemoryClient, RowLookup
+from engrid.client import ClientConfig, MemoryClient, RowLookup, pending
 from engrid.client.transport import Wanted
 from engrid.control.tables import create_tables, drop_tables
 from engrid.rpc.errors import (
@@ -23,6 +23,7 @@ from engrid.rpc.errors import (
     UnknownTableError,
     WrongEpochError,
 )
+from engrid.rpc.wire import MAX_TABLES
 from engrid.tables import RowTable
 from tests.shards import local_shards, shard_process, table
 
@@ -271,3 +272,25 @@ def test_placement_outlives_the_directory(tmp_path):
         assert len(client.lookup("t", np.arange(1000))) == 1000
         client.connections.refresh()
         assert len(client.lookup("t", np.arange(1000))) == 1000
+
+
+def test_a_lookup_of_more_tables_than_a_request_may_name_is_sent_in_several(monkeypatch, tmp_path):
+    """The shard ended the stream of such a one, and with it what other threads had under way."""
+    assert pending.MAX_TABLES == MAX_TABLES
+    monkeypatch.setattr(pending, "MAX_TABLES", 3)
+    specs = [table(f"t{number}", 10 + number) for number in range(8)]
+    with local_shards(tmp_path, 1), MemoryClient(tmp_path) as client:
+        create_tables(client, specs)
+        asked = client.prefetch([RowLookup(spec.name, [[spec.rows - 1]]) for spec in specs])
+        assert client.traffic.requests == 3
+        for spec in specs:
+            assert np.array_equal(asked.rows(spec.name)[:, 0], client.lookup(spec.name, [spec.rows - 1]))
+
+
+@pytest.mark.parametrize("run", ["r" * 513, "\ud800", 5])
+def test_the_name_of_a_run_is_looked_at_before_it_is_sent(run, tmp_path):
+    with local_shards(tmp_path, 1), MemoryClient(tmp_path) as client:
+        create_tables(client, [table()])
+        with pytest.raises(BadRequestError, match="run"):
+            client.prefetch([RowLookup("t", [[1]])], run=run)
+        assert client.traffic.requests == 0

@@ -316,3 +316,35 @@ def test_load_of_too_few_or_too_many_bytes_changes_nothing(store, extra):
     with pytest.raises(RowWidthMismatchError, match="Nothing was changed"):
         load_partition(store, "t", 0, [b"\0" * (size + extra)], step=1)
     assert np.array_equal(all_rows(store, spec), before)
+
+
+def broken_off():
+    yield bytes(16)
+    raise ZeroDivisionError("in the caller's own file")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"chunks": broken_off()}, ZeroDivisionError),
+        ({"chunks": None}, TypeError),
+        ({"chunks": ["x"]}, BadRequestError),
+        ({"chunks": [np.zeros(8, np.uint8)]}, BadRequestError),
+        ({"step": -1}, BadRequestError),
+        ({"step": 2**64}, BadRequestError),
+        ({"step": True}, BadRequestError),
+        ({"step": 1.0}, BadRequestError),
+        ({"attempt": "1"}, BadRequestError),
+        ({"run": "\ud800"}, BadRequestError),
+        ({"run": "x" * (1 << 20)}, BadRequestError),
+        ({"index": True}, BadRequestError),
+        ({"index": "0"}, BadRequestError),
+    ],
+)
+def test_what_stops_a_load_here_is_no_failure_of_the_shard(store, given, error):
+    """gRPC said "Exception iterating requests!", and it arrived as an InternalError of the shard."""
+    create_tables(store, [table()])
+    before = store.lookup("t", np.arange(10))
+    with pytest.raises(error):
+        load_partition(store, "t", **{"index": 0, "chunks": [b""], "step": 1, **given})
+    assert np.array_equal(store.lookup("t", np.arange(10)), before)

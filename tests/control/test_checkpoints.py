@@ -340,3 +340,19 @@ def test_what_was_restored_survives_the_end_of_a_shard_that_keeps_a_log(folder, 
         assert run.step == 1
         push(run, 2)
         assert save_whole(client, saved, 2, attempt=2, base=manifest.name).step == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"step": given} for given in (-1, True, None, "1", 1.0, 2**63)]
+    + [{"attempt": given} for given in (-1, True, None, "1", 2**64)]
+    + [{"run": given} for given in ("\ud800", None, "r" * 513)],
+)
+def test_what_no_checkpoint_can_be_of_is_named_before_a_folder_is_made(tmp_path, given):
+    with local_shards(tmp_path, 1), MemoryClient(tmp_path) as client:
+        create_tables(client, [table()])
+        with pytest.raises(BadRequestError, match=next(iter(given))):
+            CheckpointSave(
+                client, tmp_path / "saved", **{"run": "r", "attempt": 1, "step": 1, "tables": ["t"], **given}
+            )
+        assert not (tmp_path / "saved").exists()

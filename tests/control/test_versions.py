@@ -131,6 +131,14 @@ def test_pinned_version_stays_until_it_is_let_go(store, tmp_path):
         assert prune_versions(other, "r") == []
 
 
+def test_pruning_an_unknown_run_says_so_and_names_those_there_are(store):
+    with load_version(store, 1):
+        publish_version(store, "r", version_of(1))
+    with pytest.raises(UnknownTableError, match=r"no run .R. has sealed tables; known: r$"):
+        prune_versions(store, "R")
+    assert prune_versions(store, "r") == []
+
+
 def test_reader_that_dies_lets_go_when_its_lease_is_over(tmp_path, monkeypatch):
     script = (
         "import sys; from engrid.client import MemoryClient, pins; pins.LEASE_SECONDS = 2.0;"

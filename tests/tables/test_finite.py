@@ -45,7 +45,9 @@ def refuses(rows, value, row=1, **options):
     assert held(rows) == before
 
 
-@pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -1e-9, 1e39, 1e300, True, "0.1", None])
+@pytest.mark.parametrize(
+    "rate", [math.nan, math.inf, -math.inf, -1e-9, 1e39, 1e300, True, "0.1", None, np.float16(np.inf), np.bool_(1)]
+)
 def test_learning_rate_is_a_number_that_float32_holds(rate):
     with pytest.raises(ValueError, match="learning rate is"):
         check_learning_rate(rate)
@@ -56,7 +58,7 @@ def test_learning_rate_is_a_number_that_float32_holds(rate):
     assert held(rows) == before
 
 
-@pytest.mark.parametrize("rate", [0, 0.0, 1e-50, np.float32(0.1), float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("rate", [0, 0.0, 1e-50, np.float16(0.1), np.float32(0.1), float(np.finfo(np.float32).max)])
 def test_learning_rate_may_be_zero_and_large(rate):
     check_learning_rate(rate)
 

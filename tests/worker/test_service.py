@@ -137,7 +137,7 @@ def test_a_prompt_the_tokenizer_has_no_tokens_for_is_refused(worker, trained, mo
         raise ValueError(f"the tokenizer cannot encode {text}")
 
     load(worker, trained.checkpoint)
-    monkeypatch.setattr("engrid.worker.engine.encode", refuse)
+    monkeypatch.setattr("engrid.worker.serve.engine.encode", refuse)
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "cannot encode"):
         ask(worker)
 

@@ -23,7 +23,9 @@ def check_learning_rate(learning_rate: float) -> None:
     """Raise ValueError unless the rate is a number from 0 that float32 holds: rows are float32."""
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.floating | np.integer):
         raise ValueError(f"learning rate is {learning_rate!r}; give a number")  # noqa: TRY004 - as every other value
-    if not 0 <= learning_rate <= _LARGEST:
+    # As Python's: to a float16, _LARGEST is infinite.
+    rate = float(learning_rate) if isinstance(learning_rate, np.floating) else learning_rate
+    if not 0 <= rate <= _LARGEST:
         raise ValueError(f"learning rate is {learning_rate!r}; give a number from 0 to {_LARGEST:.3g}")
 
 

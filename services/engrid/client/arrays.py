@@ -13,9 +13,35 @@ import numpy.typing as npt
 
 from engrid.rpc.errors import BadRequestError, RowOutOfRangeError
 from engrid.rpc.frames import Ids
+from engrid.rpc.wire import MAX_NAME_BYTES
 
 IdsLike = npt.ArrayLike
 """Integers that become int64."""
+
+
+def check_text(what: str, given: object) -> None:
+    """Raises BadRequestError for what is no text of at most MAX_NAME_BYTES bytes of UTF-8."""
+    try:
+        size = len(given.encode()) if isinstance(given, str) else None
+    except UnicodeEncodeError:
+        size = None
+    if size is None:
+        raise BadRequestError(f"{what} {given!r}: give the name of the {what}")
+    if size > MAX_NAME_BYTES:
+        raise BadRequestError(f"the name of the {what} has {size} bytes; give {MAX_NAME_BYTES} at most")
+
+
+def as_integer(given: object) -> int | None:
+    """A whole number of any integer type, numpy's included; None for what is none, a bool included."""
+    return int(given) if isinstance(given, int | np.integer) and not isinstance(given, bool) else None
+
+
+def check_number(what: str, given: object) -> int:
+    """A step or attempt as int; raises BadRequestError for what is no whole number from 0."""
+    number = as_integer(given)
+    if number is None or not 0 <= number < 2**63:
+        raise BadRequestError(f"{what} is {given!r}; give a whole number from 0")
+    return number
 
 
 def as_ids(given: Any, what: str, dimensions: int) -> Ids:

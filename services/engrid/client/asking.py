@@ -9,7 +9,7 @@ from __future__ import annotations
 import _thread
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +25,15 @@ from engrid.rpc.errors import (
     WrongEpochError,
     from_rpc,
 )
-from engrid.v1 import memory_pb2_grpc
+from engrid.rpc.forks import check_not_forked
 
 from .client import MemoryClient
+from .connections import Method
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.05
 """Seconds before a shard that is away is asked again: twice as long each time."""
 LOOK_SECONDS = 0.5
 """How often the directory is asked meanwhile whether the shard is back under another address."""
-
-Method = Callable[[memory_pb2_grpc.MemoryServiceStub], Any]
 
 
 @dataclass
@@ -59,11 +58,14 @@ def ask_all(
     A thread of its own calls gRPC: Ctrl-C in the middle of that leaves gRPC's locks held, and the next call hangs. Here
     it ends the wait, and then no call goes on.
     """
+    check_not_forked()
     if deadline is None:
         deadline = time.monotonic() + client.config.push_timeout
     asking = _Asking(client, method, requests, deadline)
-    _thread.start_new_thread(asking.run, ())  # in one piece, as threading's start is not
     try:
+        _thread.start_new_thread(
+            asking.run, ()
+        )  # in one piece, as threading's start is not; Ctrl-C may come right after it
         error = asking.done.get()
     except BaseException:
         asking.stopped = True
@@ -71,7 +73,9 @@ def ask_all(
         raise
     if error is not None:
         raise error
-    return asking.answers
+    answers = asking.answers
+    answers.errors = {shard: client.connections.advised(error) for shard, error in answers.errors.items()}
+    return answers
 
 
 class _Asking:

@@ -21,6 +21,8 @@ import grpc
 from engrid.rpc.errors import BadRequestError, FencedError, RunMismatchError
 from engrid.v1 import memory_pb2 as pb
 
+from .apart import Calls, apart
+from .arrays import as_integer, check_text
 from .asking import ask_all, worst
 from .client import MemoryClient
 
@@ -40,10 +42,13 @@ class Attempt:
     """Drawn by whoever began it."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.run, str) or not self.run:
-            raise BadRequestError(f"run {self.run!r}: give the name of the run")
-        if not isinstance(self.number, int) or isinstance(self.number, bool) or not 1 <= self.number < 2**63:
+        check_text("run", self.run)
+        if not self.run:
+            raise BadRequestError("run '': give the name of the run")
+        number = as_integer(self.number)
+        if number is None or not 1 <= number < 2**63:
             raise BadRequestError(f"attempt {self.number!r} of run {self.run}: attempts are counted from 1")
+        object.__setattr__(self, "number", number)
         if not isinstance(self.token, str) or not self.token:
             raise BadRequestError(f"attempt {self.number} of run {self.run} has no token; get one by claim_attempt")
 
@@ -99,12 +104,15 @@ def newest_attempt(client: MemoryClient, run: str) -> int:
         return 0
     transports = [client.connections.transport(shard) for shard in client.connections.shards()]
     timeout = client.config.timeout
-    calls = [each.future(lambda stub: stub.Describe, pb.DescribeRequest(), timeout) for each in transports]
-    newest = 0
-    for call in calls:
-        with suppress(grpc.RpcError):
-            newest = max([newest, *(state.attempt for state in call.result().partitions if state.run == run)])
-    return newest
+
+    def ask(calls: Calls) -> int:
+        newest, request = 0, pb.DescribeRequest()
+        for call in [calls.add(each.future(lambda stub: stub.Describe, request, timeout)) for each in transports]:
+            with suppress(grpc.RpcError):
+                newest = max([newest, *(state.attempt for state in call.result().partitions if state.run == run)])
+        return newest
+
+    return apart(ask)
 
 
 def holders(client: MemoryClient, tables: Sequence[str]) -> set[str]:
@@ -129,13 +137,15 @@ def check_tables(client: MemoryClient, tables: Sequence[str]) -> list[str]:
     return names
 
 
-def check_rank(worker: int, workers: int) -> None:
-    """Raises BadRequestError unless 0 <= worker < workers."""
-    for name, value in (("worker", worker), ("workers", workers)):
-        if not isinstance(value, int) or isinstance(value, bool):
+def check_rank(worker: int, workers: int) -> tuple[int, int]:
+    """The same; raises BadRequestError unless 0 <= worker < workers."""
+    rank, of = as_integer(worker), as_integer(workers)
+    for name, value, number in (("worker", worker, rank), ("workers", workers, of)):
+        if number is None:
             raise BadRequestError(f"{name} is {value!r}; give a whole number")
-    if not 1 <= workers <= MOST_WORKERS or not 0 <= worker < workers:
+    if rank is None or of is None or not 1 <= of <= MOST_WORKERS or not 0 <= rank < of:
         raise BadRequestError(f"worker {worker} of {workers}: workers are counted from 0 to workers - 1")
+    return rank, of
 
 
 def check_attempt(client: MemoryClient, attempt: Attempt | int, run: str) -> Attempt:

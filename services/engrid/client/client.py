@@ -18,7 +18,7 @@ from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.rpc.frames import Bytes, Floats
 from engrid.tables import TableSpec, decode_rows
 
-from .arrays import IdsLike, as_ids
+from .arrays import IdsLike, as_ids, as_integer, check_text
 from .batch import Batch, Lookup, RowLookup, TableBatch, own
 from .cache.cached import Caches
 from .config import MOST_SECONDS, ClientConfig
@@ -93,6 +93,7 @@ class MemoryClient:
         check_not_forked()
         deadline = time.monotonic() + self._seconds(timeout)
         _check_step(step)
+        check_text("run", run)
         by_table: dict[str, list[Lookup]] = {}
         for lookup in lookups:
             by_table.setdefault(lookup.table, []).append(own(lookup))
@@ -109,9 +110,11 @@ class MemoryClient:
     def _seconds(self, timeout: float | None) -> float:
         if timeout is None:
             return self.config.timeout
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout <= MOST_SECONDS:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float | np.integer | np.floating):
+            raise BadRequestError(f"timeout {timeout!r}: give seconds")
+        if not 0 <= (seconds := float(timeout)) <= MOST_SECONDS:
             raise BadRequestError(f"timeout {timeout!r}: give seconds from 0 to {MOST_SECONDS:.0f}")
-        return timeout
+        return seconds
 
     def _batch(self, spec: TableSpec, lookups: Sequence[Lookup], deadline: float) -> Batch:
         """The nearest way to the rows: memory of this host, else the cache, else the wire alone."""
@@ -156,5 +159,6 @@ class MemoryClient:
 
 
 def _check_step(step: int) -> None:
-    if not isinstance(step, int | np.integer) or isinstance(step, bool) or not 0 <= step < 2**63:
+    number = as_integer(step)
+    if number is None or not 0 <= number < 2**63:
         raise BadRequestError(f"step {step!r}: give the step that must have been applied, or 0 for whatever is there")

@@ -14,17 +14,20 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from engrid.directory import Directory, Placement, ShardSource, open_directory, read_source
 from engrid.rpc.channel import open_channel
 from engrid.rpc.errors import (
     CancelledError,
     DeadlineExceededError,
+    EngridError,
     ShardUnavailableError,
     UnknownTableError,
     from_rpc,
@@ -34,6 +37,7 @@ from engrid.tables import TableSpec
 from engrid.v1 import memory_pb2 as pb
 from engrid.v1 import memory_pb2_grpc
 
+from .apart import Calls, apart
 from .config import ClientConfig
 from .routing import TableRoute, routes
 from .transport import GrpcTransport
@@ -44,6 +48,14 @@ DESCRIBE_SECONDS = 1.0
 """Longest wait for a shard that is asked for its placement."""
 MAX_READS = 4
 """Reads of the directory under way at a time; where so many hang, it is taken for gone."""
+
+
+ELSEWHERE = (
+    "A shard that was started again may be elsewhere, and this client, opened by a shard's address, cannot look it up: open it "
+    "by the run directory or the redis:// URL"
+)
+
+Method = Callable[[memory_pb2_grpc.MemoryServiceStub], Any]
 
 
 @dataclass(frozen=True)
@@ -139,19 +151,20 @@ class Connections:
     def _from_directory(self, deadline: float) -> Known | None:
         """None where it is gone, or does not answer in time."""
         directory = self.directory
-        if directory is None or not self._reads.acquire(blocking=False):
+        if directory is None:
             return None
         found: list[Known] = []
         done = threading.Event()
 
         def read() -> None:
-            try:
-                found.append(read_directory(directory))
-            except Exception:  # noqa: BLE001 - one closed meanwhile raises anything
-                """As if it were gone; the shards are asked."""
-            finally:
-                self._reads.release()
-                done.set()
+            if self._reads.acquire(blocking=False):  # here, where no Ctrl-C comes between this and giving it back
+                try:
+                    found.append(read_directory(directory))
+                except Exception:  # noqa: BLE001 - one closed meanwhile raises anything
+                    """As if it were gone; the shards are asked."""
+                finally:
+                    self._reads.release()
+            done.set()
 
         threading.Thread(target=read, name="engrid directory", daemon=True).start()
         done.wait(max(0.0, DIRECTORY_SHARE * (deadline - time.monotonic())))
@@ -162,17 +175,19 @@ class Connections:
         timeout = min(DESCRIBE_SECONDS, deadline - time.monotonic())
         if self._placement is None or timeout <= 0:
             return []
-        calls = []
-        for shard in self._placement.shards:
-            transport = self.transport(shard)
-            calls.append(transport.future(lambda stub: stub.Describe, pb.DescribeRequest(), timeout))
-        found: list[Placement | None] = []
-        for call in calls:
-            try:
-                found.append(_placement_in(call.result()))
-            except (grpc.RpcError, grpc.FutureCancelledError, ValueError):
-                continue
-        return found
+        transports = [self.transport(shard) for shard in self._placement.shards]
+
+        def ask(calls: Calls) -> list[Placement | None]:
+            begun = [
+                calls.add(each.future(lambda stub: stub.Describe, pb.DescribeRequest(), timeout)) for each in transports
+            ]
+            found: list[Placement | None] = []
+            for call in begun:
+                with suppress(grpc.RpcError, grpc.FutureCancelledError, ValueError):
+                    found.append(_placement_in(call.result()))
+            return found
+
+        return apart(ask)
 
     def shards(self) -> list[str]:
         """Names of all shards of the placement."""
@@ -187,14 +202,15 @@ class Connections:
 
         Raises CancelledError once the client was closed.
         """
+        check_not_forked()
         address = self.address(shard)
         with self._lock:
             self._check_open()
             transport = self._transports.get(shard)
             if transport is None or transport.address != address:
                 if transport is not None:
-                    transport.close()
-                transport = GrpcTransport(shard, address, max_in_flight=self.config.max_in_flight)
+                    _close_all([transport])
+                transport = apart(lambda _: GrpcTransport(shard, address, max_in_flight=self.config.max_in_flight))
                 self._transports[shard] = transport
             return transport
 
@@ -210,26 +226,43 @@ class Connections:
     def describe(self, shard: str, timeout: float | None = None) -> pb.DescribeReply:
         """What a shard of the placement says of itself. timeout: seconds; None: the client's."""
         transport = self.transport(shard)
+        seconds = self.config.timeout if timeout is None else timeout
         try:
-            reply: pb.DescribeReply = transport.future(
-                lambda stub: stub.Describe, pb.DescribeRequest(), self.config.timeout if timeout is None else timeout
-            ).result()
+            reply: pb.DescribeReply = apart(
+                lambda calls: calls.add(
+                    transport.future(lambda stub: stub.Describe, pb.DescribeRequest(), seconds)
+                ).result()
+            )
         except grpc.RpcError as error:
-            raise from_rpc(error, transport.peer) from error
+            raise self.advised(from_rpc(error, transport.peer)) from error
         return reply
 
-    @contextmanager
-    def unary(self, address: str) -> Iterator[memory_pb2_grpc.MemoryServiceStub]:
-        """Unary calls to a shard that may not be in the placement yet. Raises CancelledError once the client was closed."""
-        with open_channel(address) as channel:
-            with self._lock:
-                self._check_open()
-                self._unary.add(channel)
-            try:
-                yield memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
-            finally:
+    def unary(self, method: Method, address: str, request: Message, *, timeout: float, peer: str) -> Any:
+        """The reply of one call to a shard that may not be in the placement yet. Raises EngridError naming the peer,
+        CancelledError once the client was closed."""
+
+        def ask(calls: Calls) -> Any:
+            with open_channel(address) as channel:
                 with self._lock:
-                    self._unary.discard(channel)
+                    self._check_open()
+                    self._unary.add(channel)
+                try:
+                    stub = memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+                    return calls.add(method(stub).future(request, timeout=timeout)).result()
+                finally:
+                    with self._lock:
+                        self._unary.discard(channel)
+
+        try:
+            return apart(ask)
+        except grpc.RpcError as error:
+            raise from_rpc(error, peer) from error
+
+    def advised(self, error: EngridError) -> EngridError:
+        """The error, with what to do where a shard may have moved and this client has no directory to look in."""
+        if self.directory is not None or type(error) is not ShardUnavailableError or ELSEWHERE in str(error):
+            return error
+        return ShardUnavailableError(f"{error}. {ELSEWHERE}")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -237,6 +270,9 @@ class Connections:
 
     def close(self) -> None:
         """Closes every connection; what is under way fails."""
+        apart(lambda _: self._close())
+
+    def _close(self) -> None:
         with self._lock:
             self._closed = True
             transports, self._transports = list(self._transports.values()), {}
@@ -249,8 +285,11 @@ class Connections:
 
 
 def _close_all(transports: Iterable[GrpcTransport]) -> None:
-    for transport in transports:
-        transport.close()
+    def close(_: Calls) -> None:
+        for transport in transports:
+            transport.close()
+
+    apart(close)
 
 
 def read_directory(directory: Directory) -> Known:
@@ -260,12 +299,17 @@ def read_directory(directory: Directory) -> Known:
 
 def placement_of_shard(address: str, *, timeout: float) -> Placement | None:
     """The newest placement the shard at host:port knows; None where it has none yet."""
-    with open_channel(address) as channel:
-        stub = memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
-        try:
-            reply = stub.Describe(pb.DescribeRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise from_rpc(error, f"shard at {address}") from error
+
+    def ask(calls: Calls) -> pb.DescribeReply:
+        with open_channel(address) as channel:
+            stub = memory_pb2_grpc.MemoryServiceStub(channel)  # type: ignore[no-untyped-call]
+            reply: pb.DescribeReply = calls.add(stub.Describe.future(pb.DescribeRequest(), timeout=timeout)).result()
+            return reply
+
+    try:
+        reply = apart(ask)
+    except grpc.RpcError as error:
+        raise from_rpc(error, f"shard at {address}") from error
     if not reply.shard:
         raise ShardUnavailableError(f"{address} answers, but is no shard")
     return _placement_in(reply)

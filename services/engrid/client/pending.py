@@ -15,6 +15,7 @@ import numpy as np
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError
 from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.rpc.frames import Bytes, row_view
+from engrid.rpc.wire import MAX_TABLES
 from engrid.tables import TableSpec
 
 from .batch import Batch
@@ -38,6 +39,17 @@ class Traffic:
 def new_buffer(shape: tuple[int, int, int]) -> Bytes:
     """Not initialised."""
     return np.empty(shape, np.uint8)
+
+
+def _checked(out: object, table: str, shape: tuple[int, int, int]) -> Bytes:
+    """The array, if rows can be written to it as they are; numpy would convert, spread over a larger one, or fill a copy."""
+    wanted = f"table {table}: the buffer for its rows must be writable C-contiguous uint8 {list(shape)}"
+    if not isinstance(out, np.ndarray):
+        raise BadRequestError(f"{wanted}, not {type(out).__name__}")
+    if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+        flags = "" if out.flags.c_contiguous and out.flags.writeable else ", read-only or with gaps"
+        raise BadRequestError(f"{wanted}, not {out.dtype} {list(out.shape)}{flags}")
+    return out
 
 
 _Part = tuple[Batch, Piece]
@@ -87,8 +99,8 @@ class Pending:
     def rows(self, table: str, buffer: Callable[[tuple[int, int, int]], Bytes] = new_buffer) -> Bytes:
         """uint8 [T, heads of all orders, row_bytes] of a table of the batch; dead positions are zeros.
 
-        buffer: gives the array to put them in, uint8 and C-contiguous, for a shape. Raises DeadlineExceededError or
-        ShardUnavailableError naming the shard, or what the shard answered; of every table, once it has failed. Where
+        buffer: gives the array to put them in, uint8 and C-contiguous, for a shape; another is refused (BadRequestError),
+        and the rows may be asked for again. Raises DeadlineExceededError or ShardUnavailableError naming the shard, or what the shard answered; of every table, once it has failed. Where
         Ctrl-C interrupts it, it may be called again.
         """
         check_not_forked()
@@ -103,7 +115,7 @@ class Pending:
             self.cancel()
             raise
         batch = self._batches[table]
-        return batch.spread(buffer(batch.shape))
+        return batch.spread(_checked(buffer(batch.shape), table, batch.shape))
 
     def cancel(self) -> None:
         """Gives up what is still under way; again is nothing."""
@@ -126,7 +138,7 @@ class Pending:
             self.step = min(self.step or sent.call.step, sent.call.step)
         except (WrongEpochError, ShardUnavailableError) as error:
             if not self._is_outdated(sent, error):
-                raise
+                raise self._connections.advised(error) from error.__cause__
             self._stale.extend(sent.parts)
 
     def _is_outdated(self, sent: _Sent, error: EngridError) -> bool:
@@ -213,7 +225,7 @@ def _within(whole: Piece, part: Piece) -> Piece:
 
 
 def _requests(parts: Sequence[_Part], size: int) -> Iterator[list[_Part]]:
-    """The parts in requests whose replies are at most `size` bytes (or one row)."""
+    """The parts in requests whose replies are at most `size` bytes (or one row), of as many tables as a shard takes."""
     request: list[_Part] = []
     room = size
     for batch, piece in parts:
@@ -221,7 +233,7 @@ def _requests(parts: Sequence[_Part], size: int) -> Iterator[list[_Part]]:
         left = piece
         while len(left.ids):
             fit = room // row_bytes
-            if fit == 0 and request:
+            if (fit == 0 and request) or len(request) == MAX_TABLES:
                 yield request
                 request, room = [], size
                 continue

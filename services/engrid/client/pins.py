@@ -19,6 +19,7 @@ from engrid.rpc.errors import EngridError, UnknownTableError, from_rpc
 from engrid.rpc.forks import check_not_forked, is_forked
 from engrid.v1 import memory_pb2 as pb
 
+from .apart import Calls, apart
 from .connections import Connections
 
 LEASE_SECONDS = 30.0
@@ -90,6 +91,7 @@ class Pins:
 
     def renew(self) -> None:
         """Tells shards that have just got their first tables. Raises ShardUnavailableError."""
+        check_not_forked()
         with self._lock:
             self._renew()
 
@@ -134,14 +136,18 @@ class Pins:
         request = pb.PinRequest(reader=self._reader, tables=tables, seconds=LEASE_SECONDS if tables else 0.0)
         timeout = self._connections.config.timeout
         transports = [self._connections.transport(shard) for shard in self._connections.placement().shards]
-        calls = [(each, each.future(lambda stub: stub.Pin, request, timeout)) for each in transports]
-        errors = []
-        for transport, call in calls:
-            try:
-                call.result()
-            except grpc.RpcError as error:
-                errors.append(from_rpc(error, transport.peer))
-        if errors:
+
+        def ask(calls: Calls) -> list[EngridError]:
+            begun = [(each, calls.add(each.future(lambda stub: stub.Pin, request, timeout))) for each in transports]
+            errors = []
+            for transport, call in begun:
+                try:
+                    call.result()
+                except grpc.RpcError as error:
+                    errors.append(from_rpc(error, transport.peer))
+            return errors
+
+        if errors := apart(ask):
             raise errors[0]
 
 

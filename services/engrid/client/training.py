@@ -9,6 +9,7 @@ what never left this worker can only have been seen if somebody else pushes in i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,17 +33,18 @@ from engrid.rpc.frames import Floats, Ids, floats_to_bytes, ids_to_bytes
 from engrid.tables import TableSpec, check_learning_rate, sum_duplicates
 from engrid.v1 import memory_pb2 as pb
 
-from .arrays import as_ids
-from .asking import Answers, Method, ask_all, worst
+from .arrays import as_ids, as_integer
+from .asking import Answers, ask_all, worst
 from .attempts import Attempt, begin, check_attempt, check_rank, check_tables, claim
 from .client import MemoryClient
+from .connections import Method
 
 MESSAGE_HEADROOM = 4096
 """Bytes of a push that are not rows, at most, per partition."""
 
 
 class TrainingRun:
-    """One worker's pushes of one attempt of a run. Not thread-safe."""
+    """One worker's pushes of one attempt of a run. Of threads that share it, one pushes at a time."""
 
     def __init__(
         self,
@@ -61,15 +63,16 @@ class TrainingRun:
         is begun by this client alone. durable: a push is acknowledged once it is on the shards' disks. Raises
         FencedError where a newer attempt has begun, or another process began this one.
         """
-        check_rank(worker, workers)
+        worker, workers = check_rank(worker, workers)
         self._client = client
         self._run, self._worker = run, worker
+        self._pushing = threading.Lock()
         self._tables = check_tables(client, tables)
         self._durable = durable
         self._seq: dict[tuple[str, int], int] = {}
         """The last that its shard took, per partition."""
-        self._unsure: set[str] = set()
-        """Shards that may have taken the seq after that, of a push that failed."""
+        self._unsure: dict[str, pb.PushRequest] = {}
+        """By shard, what it may have taken under the seq after that, of a push that failed."""
         self._committing: tuple[int, dict[str, pb.PushRequest]] | None = None
         """A step whose commit was sent and not answered by every shard, and its pushes: some may have applied it."""
         if attempt is None:
@@ -93,21 +96,34 @@ class TrainingRun:
         the rows sent; `step` is then this one. Raises NotFiniteError and other RequestErrors before anything leaves, and whatever a shard
         answers; then the step is applied nowhere. A shard that is away is tried again for `push_timeout` seconds: what
         it took already it takes for a duplicate. Where that is not enough (UnavailableError), call again with the same
-        gradients: whatever the shards have of the step by then, it is applied once.
+        gradients: whatever the shards have of the step by then, it is applied once. Other gradients for a step that was
+        taken by then, or is being committed, are refused (ExpectedError).
         """
-        self._check_push(gradients, step, learning_rate)
+        step = self._check_push(gradients, step, learning_rate)
         summed = {table: self._checked(table, gradients.get(table)) for table in self._tables}
+        with self._pushing:
+            self._push_step(summed, step, learning_rate, hold=hold)
+        return sum(len(ids) for ids, _ in summed.values())
+
+    def _push_step(
+        self, summed: Mapping[str, tuple[Ids, Floats]], step: int, learning_rate: float, *, hold: bool
+    ) -> None:
         placement = self._placement
         hold = hold and len(self._shards()) > 1  # one shard takes a push whole or not at all
+        requests = self._requests(placement, summed, step, learning_rate, hold=hold)
         if not hold or self._committing is None or self._committing[0] != step:
-            requests = self._requests(placement, summed, step, learning_rate, hold=hold)
             self._push(requests, hold=hold)
             self._committing = (step, requests)
+        elif any(not _same(requests[shard], taken) for shard, taken in self._committing[1].items()):
+            raise ExpectedError(
+                f"step {step} of run {self._run} is being committed with other gradients, some shards may have applied it; "
+                "push those again",
+                expected=step,
+            )
         if hold:
             self._commit(*self._committing)
         self._committing = None
         self.step = step
-        return sum(len(ids) for ids, _ in summed.values())
 
     def _commit(self, step: int, requests: Mapping[str, pb.PushRequest]) -> None:
         """Commits on every shard what it has taken. One whose host lost power meanwhile has it no more: pushed once more."""
@@ -131,29 +147,43 @@ class TrainingRun:
 
         A shard that took a push of this step, of which another shard would hear nothing, still holds it. It is given
         the next seq, with which it lets go of the gradients it holds. Where it is unknown whether it took one, the same
-        seq is sent first, and the next where that turns out to be a duplicate.
+        seq is sent first, and the next where that turns out to be a duplicate: of these gradients, where nothing is held,
+        it is the answer that was lost; of others it says nothing of these.
         """
-        known, self._unsure = self._unsure, self._unsure | requests.keys()  # until each has answered
+        known, self._unsure = self._unsure, self._in_doubt(requests)  # until each has answered
         answers = self._ask(lambda stub: stub.Push, requests)
-        self._unsure = set(answers.errors)
-        self._refuse_strange(requests, answers, known)
+        unsettled = answers.errors if hold or not answers.errors else requests
+        self._unsure = {shard: self._unsure[shard] for shard in unsettled}
+        self._refuse_strange(requests, answers, set(known))
         again: dict[str, pb.PushRequest] = {}
         for shard, reply in answers.replies.items():
             if hold or not answers.errors:
                 self._took(requests[shard])
-            if hold and shard in known and pb.DUPLICATE in reply.outcomes:
+            if shard in known and pb.DUPLICATE in reply.outcomes and (hold or not _same(requests[shard], known[shard])):
                 again[shard] = requests[shard]
+                self._took(again[shard])
                 for part in again[shard].partitions:
                     part.seq += 1
         if not answers.errors and again:
-            self._unsure = set(again)
+            self._unsure = dict(again)
             answers = self._ask(lambda stub: stub.Push, again)
-            self._unsure = set(answers.errors)
+            self._unsure = {shard: again[shard] for shard in answers.errors}
             self._refuse_strange(again, answers, set())
             for shard in answers.replies:
                 self._took(again[shard])
         if answers.errors:
             raise worst(list(answers.errors.values()))
+
+    def _in_doubt(self, requests: Mapping[str, pb.PushRequest]) -> dict[str, pb.PushRequest]:
+        """What each shard may have taken once these are sent too; of two that differ nobody can say which."""
+        known, neither = self._unsure, pb.PushRequest()
+        return {
+            **known,
+            **{
+                shard: neither if shard in known and not _same(request, known[shard]) else request
+                for shard, request in requests.items()
+            },
+        }
 
     def _refuse_strange(self, requests: Mapping[str, pb.PushRequest], answers: Answers, known: set[str]) -> None:
         """Raises FencedError where a shard has seen what we never sent it. known: shards that may have it of an earlier try."""
@@ -171,21 +201,30 @@ class TrainingRun:
         for part in request.partitions:
             self._seq[part.table, part.partition] = part.seq
 
-    def _check_push(self, gradients: Mapping[str, object], step: int, learning_rate: float) -> None:
+    def _check_push(self, gradients: Mapping[str, object], step: int, learning_rate: float) -> int:
+        if not isinstance(gradients, Mapping):
+            raise BadRequestError(f"gradients is {type(gradients).__name__}; give {{table: (row ids, gradients)}}")
         if unknown := [table for table in gradients if table not in self._tables]:
             raise UnknownTableError(
                 f"push to {', '.join(map(repr, unknown))}, which run {self._run} does not train; its tables are "
                 f"{', '.join(self._tables)}. Nothing was sent"
             )
-        if not isinstance(step, int) or isinstance(step, bool) or not 1 <= step < 2**63:
+        number = as_integer(step)
+        if number is None or not 1 <= number < 2**63:
             raise BadRequestError(f"step {step!r}: steps are counted from 1")
         _check_rate(learning_rate)
+        return number
 
     def _checked(self, table: str, given: tuple[Ids, Floats] | None) -> tuple[Ids, Floats]:
         spec, _ = self._client.connections.table(table)
         if given is None:
             return np.empty(0, np.int64), np.empty((0, spec.width), np.float32)
-        ids, values = as_ids(given[0], f"table {table}: row ids of a push", 1), np.asarray(given[1])
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise BadRequestError(f"table {table}: give a pair of row ids and gradients, not {type(given).__name__}")
+        ids = as_ids(
+            given[0], f"table {table}: row ids of a push", 1
+        ).copy()  # another thread may write to the caller's
+        values = np.asarray(given[1])
         _check_arrays(spec, ids, values)
         summed = sum_duplicates(ids, values)
         if len(summed[0]) < len(ids) and not np.isfinite(summed[1]).all():
@@ -247,6 +286,16 @@ class TrainingRun:
 
     def _ask(self, method: Method, requests: Mapping[str, Message]) -> Answers:
         return ask_all(self._client, method, requests)
+
+
+def _same(one: pb.PushRequest, other: pb.PushRequest) -> bool:
+    """Whether they say the same but for their seqs."""
+
+    def said(request: pb.PushRequest) -> tuple[object, ...]:
+        parts = [(part.table, part.partition, part.row_ids, part.gradients) for part in request.partitions]
+        return request.step, request.learning_rate, parts
+
+    return said(one) == said(other)
 
 
 def _check_rate(learning_rate: float) -> None:

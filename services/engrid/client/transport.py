@@ -201,7 +201,7 @@ class _GrpcCall:
             if left > 0 or self.read:
                 self._unsettled.acquire(timeout=max(left, SETTLING_SECONDS))
             else:
-                seconds = self.deadline - self._started
+                seconds = max(0.0, self.deadline - self._started)
                 self._give_up(DeadlineExceededError(f"{self.peer} did not answer within {seconds:.3g} s"))
         if self._error is not None:
             raise self._error

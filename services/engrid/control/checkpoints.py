@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 
 import grpc
 
+from engrid.client.apart import Calls, apart
+from engrid.client.arrays import check_number, check_text
 from engrid.client.attempts import Attempt, check_tables
 from engrid.client.client import MemoryClient
 from engrid.client.transport import GrpcTransport
 from engrid.directory import DirectoryError, FileDirectory
-from engrid.rpc.errors import BadRequestError, EngridError, from_rpc
+from engrid.rpc.errors import BadRequestError, EngridError, UnavailableError, from_rpc
 from engrid.storage.checkpoint import Checkpoints
 from engrid.storage.disk import LocalDisk
 from engrid.storage.errors import CheckpointError
@@ -58,7 +60,9 @@ class CheckpointSave:
         folder: of the checkpoints of this run. base: name of a published one; what has not changed since is left out.
         Raises OSError where the folder cannot be written, and what any shard answers: then none saves.
         """
-        attempt, tables = attempt.number if isinstance(attempt, Attempt) else attempt, check_tables(client, tables)
+        check_text("run", run)
+        attempt = check_number("attempt", attempt.number if isinstance(attempt, Attempt) else attempt)
+        step, tables = check_number("step", step), check_tables(client, tables)
         self.folder, self.name = folder.resolve(), checkpoint_name(step, attempt)
         self._client = client
         self._about: dict[str, Any] = {"run": run, "attempt": attempt, "step": step, "base": base}
@@ -78,13 +82,18 @@ class CheckpointSave:
         )
         self._transports = _holders(client, tables)
         timeout = client.config.checkpoint_timeout
-        self._calls = [each.stub.Checkpoint(request, timeout=timeout) for each in self._transports]
+        self._calls, self._begun = [], Calls()
         try:
+            for transport in self._transports:
+                self._calls.append(self._begin(transport, request, timeout))
             for transport, call in zip(self._transports, self._calls, strict=True):
                 self._next(transport, call)
         except BaseException:
             self.abandon()
             raise
+
+    def _begin(self, transport: GrpcTransport, request: pb.CheckpointRequest, timeout: float) -> Any:
+        return apart(lambda calls: calls.add(transport.stub.Checkpoint(request, timeout=timeout)), self._begun)
 
     def write_file(self, name: str, content: bytes) -> WorkerFile:
         """A file of the worker's that goes with the rows, to be named in `finish`. Raises OSError."""
@@ -114,7 +123,7 @@ class CheckpointSave:
 
     def _next(self, transport: GrpcTransport, call: Any) -> pb.CheckpointProgress:
         try:
-            progress: pb.CheckpointProgress | None = next(call, None)
+            progress: pb.CheckpointProgress | None = apart(lambda _: next(call, None), self._begun)
         except grpc.RpcError as error:
             raise from_rpc(error, transport.peer) from error
         if progress is None:
@@ -122,14 +131,18 @@ class CheckpointSave:
         return progress
 
     def _settle(self, published: str) -> None:
-        for call in self._calls:
-            if not published:
-                call.cancel()
+        if not published:
+            self._begun.stop()
         request = pb.SettleCheckpointRequest(partial=self.partial, published=published)
+        timeout = self._client.config.timeout
         for transport in self._transports:
-            # Who does not hear of it saves more the next time.
-            with suppress(grpc.RpcError, ValueError):  # ValueError: the client was closed
-                transport.stub.SettleCheckpoint(request, timeout=self._client.config.timeout)
+            self._settle_at(transport, request, timeout)
+
+    @staticmethod
+    def _settle_at(transport: GrpcTransport, request: pb.SettleCheckpointRequest, timeout: float) -> None:
+        # Who does not hear of it saves more the next time.
+        with suppress(grpc.RpcError, EngridError, ValueError):  # ValueError: the client was closed
+            apart(lambda calls: calls.add(transport.stub.SettleCheckpoint.future(request, timeout=timeout)).result())
 
 
 def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, attempt: Attempt | int) -> None:
@@ -141,6 +154,7 @@ def restore_tables(client: MemoryClient, folder: Path, manifest: Manifest, *, at
     """
     _allow(client, folder)
     number, token = (attempt.number, attempt.token) if isinstance(attempt, Attempt) else (attempt, "")
+    number = check_number("attempt", number)
     _make(client, manifest.tables)
     tables = list(manifest.tables)
     request = pb.RestoreRequest(
@@ -174,8 +188,16 @@ def _descriptions(client: MemoryClient) -> list[pb.DescribeReply]:
     """What the shards registered now say of themselves; those that are away say nothing."""
     replies = []
     for address in current(directory_of(client)).shards.values():
-        with client.connections.unary(address) as stub, suppress(grpc.RpcError):
-            replies.append(stub.Describe(pb.DescribeRequest(), timeout=client.config.timeout))
+        with suppress(UnavailableError):
+            replies.append(
+                client.connections.unary(
+                    lambda stub: stub.Describe,
+                    address,
+                    pb.DescribeRequest(),
+                    timeout=client.config.timeout,
+                    peer=f"shard at {address}",
+                )
+            )
     return replies
 
 
@@ -221,11 +243,10 @@ def check_folder(client: MemoryClient, folder: Path) -> None:
         written.close()
         request = pb.CheckFolderRequest(folder=str(disk.root), file=file)
         for shard, address in current(directory_of(client)).shards.items():
-            with client.connections.unary(address) as stub:
-                try:
-                    reply = stub.CheckFolder(request, timeout=client.config.timeout)
-                except grpc.RpcError as error:
-                    raise from_rpc(error, f"shard {shard} at {address}") from error
+            peer, timeout = f"shard {shard} at {address}", client.config.timeout
+            reply = client.connections.unary(
+                lambda stub: stub.CheckFolder, address, request, timeout=timeout, peer=peer
+            )
             if reply.content != content or not disk.exists(f"{file}.{shard}"):
                 raise BadRequestError(
                     f"{disk.root} of shard {shard} at {address} is another directory than ours; checkpoints need one "
@@ -253,14 +274,18 @@ def _holders(client: MemoryClient, tables: Sequence[str]) -> list[GrpcTransport]
 
 def _all(transports: Sequence[GrpcTransport], call: Callable[[GrpcTransport], grpc.Future[T]]) -> list[T]:
     """Calls all at once and waits for all; raises the first error after every call has ended."""
-    futures = [(transport, call(transport)) for transport in transports]
-    replies: list[T] = []
-    errors: list[EngridError] = []
-    for transport, future in futures:
-        try:
-            replies.append(future.result())
-        except grpc.RpcError as error:
-            errors.append(from_rpc(error, transport.peer))
-    if errors:
-        raise errors[0]
-    return replies
+
+    def ask(calls: Calls) -> list[T]:
+        futures = [(transport, calls.add(call(transport))) for transport in transports]
+        replies: list[T] = []
+        errors: list[EngridError] = []
+        for transport, future in futures:
+            try:
+                replies.append(future.result())
+            except grpc.RpcError as error:
+                errors.append(from_rpc(error, transport.peer))
+        if errors:
+            raise errors[0]
+        return replies
+
+    return apart(ask)

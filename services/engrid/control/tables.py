@@ -13,6 +13,8 @@ from dataclasses import replace
 
 import grpc
 
+from engrid.client.apart import Calls, apart
+from engrid.client.arrays import as_integer, check_number, check_text
 from engrid.client.client import MemoryClient
 from engrid.directory import EMPTY_PLACEMENT, Directory, Placement, with_shards, with_tables, without_tables
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError, from_rpc
@@ -138,12 +140,13 @@ def change(client: MemoryClient, before: Placement, after: Placement) -> Placeme
     claimed = published.epoch if published else None
     after = replace(after, epoch=(claimed or 0) + 1)
     _check(client, after)
-    directory.publish(after, expected_epoch=claimed)
     try:
+        directory.publish(after, expected_epoch=claimed)
         for shard in after.shards:
             _adopt(client, after, shard)
-    except EngridError:
-        _take_back(client, directory, replace(before, epoch=after.epoch + 1))
+    except BaseException:  # Ctrl-C too: some shards have it, and the directory says that all have
+        if directory.placement() == after:
+            _take_back(client, directory, replace(before, epoch=after.epoch + 1))
         raise
     client.connections.refresh()
     return after
@@ -165,12 +168,10 @@ def _take_back(client: MemoryClient, directory: Directory, undone: Placement) ->
 
 def _adopt(client: MemoryClient, placement: Placement, shard: str, *, check_only: bool = False) -> None:
     request = pb.AdoptRequest(placement=json.dumps(placement.to_json()), check_only=check_only)
-    address = placement.shards[shard]
-    with client.connections.unary(address) as stub:
-        try:
-            stub.Adopt(request, timeout=client.config.admin_timeout)
-        except grpc.RpcError as error:
-            raise from_rpc(error, f"shard {shard} at {address}") from error
+    address, timeout = placement.shards[shard], client.config.admin_timeout
+    client.connections.unary(
+        lambda stub: stub.Adopt, address, request, timeout=timeout, peer=f"shard {shard} at {address}"
+    )
 
 
 def load_partition(
@@ -186,37 +187,71 @@ def load_partition(
     """Overwrites one partition with its rows in order, in byte chunks; returns their number.
 
     step, run, attempt: the training step the rows are the result of, and whose. Nothing is changed unless all rows
-    come.
+    come. Raises BadRequestError for what is none of these, and whatever `chunks` raises.
     """
-
-    def requests() -> Iterator[pb.LoadChunk]:
-        yield pb.LoadChunk(table=table, partition=index, step=step, run=run, attempt=attempt)
-        for rows in chunks:
-            yield pb.LoadChunk(rows=rows)
-
     transport = client.connections.transport(_primary(client, table, index))
+    sending = _Sending(_first_chunk(table, index, step, run, attempt), chunks)
     try:
-        reply = transport.stub.Load(requests(), timeout=client.config.admin_timeout)
+        timeout = client.config.admin_timeout
+        reply = apart(lambda calls: calls.add(transport.stub.Load.future(iter(sending), timeout=timeout)).result())
     except grpc.RpcError as error:
+        if sending.error is not None:
+            raise sending.error from None
         raise from_rpc(error, transport.peer) from error
     return int(reply.rows)
+
+
+def _first_chunk(table: str, index: int, step: int, run: str, attempt: int) -> pb.LoadChunk:
+    check_text("run", run)
+    step, attempt = check_number("step", step), check_number("attempt", attempt)
+    return pb.LoadChunk(table=table, partition=index, step=step, run=run, attempt=attempt)
+
+
+class _Sending:
+    """The messages of a load. gRPC keeps to itself what stops them, and tells it as a failure of the shard."""
+
+    def __init__(self, first: pb.LoadChunk, chunks: Iterable[bytes]) -> None:
+        self.error: BaseException | None = None
+        self._first, self._chunks = first, chunks
+
+    def __iter__(self) -> Iterator[pb.LoadChunk]:
+        yield self._first
+        try:
+            for rows in self._chunks:
+                yield self._chunk(rows)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _chunk(self, rows: bytes) -> pb.LoadChunk:
+        if not isinstance(rows, bytes):
+            raise BadRequestError(
+                f"load of {self._first.table}[{self._first.partition}]: a chunk is {type(rows).__name__}; give bytes"
+            )
+        return pb.LoadChunk(rows=rows)
 
 
 def export_partition(client: MemoryClient, table: str, index: int) -> Iterator[tuple[int, bytes]]:
     """Rows of one partition in order: (step applied when read, bytes) about a MiB at a time."""
     transport = client.connections.transport(_primary(client, table, index))
+    request, timeout, calls = pb.ExportRequest(table=table, partition=index), client.config.admin_timeout, Calls()
     try:
-        for chunk in transport.stub.Export(
-            pb.ExportRequest(table=table, partition=index), timeout=client.config.admin_timeout
-        ):
+        stream = apart(lambda calls: calls.add(transport.stub.Export(request, timeout=timeout)), calls)
+        while (chunk := apart(lambda _: next(stream, None), calls)) is not None:
             yield chunk.step, chunk.rows
     except grpc.RpcError as error:
         raise from_rpc(error, transport.peer) from error
+    finally:
+        calls.stop()
 
 
 def _primary(client: MemoryClient, table: str, index: int) -> str:
     client.connections.table(table)
     partitions = client.placement.partitions[table]
+    if as_integer(index) is None:
+        raise BadRequestError(f"partition {index!r} of table {table}: give its number")
     if not 0 <= index < len(partitions):
         raise BadRequestError(f"table {table} has partitions 0..{len(partitions) - 1}, not {index}")
     return partitions[index].shards[0]

@@ -59,17 +59,22 @@ def prune_versions(client: MemoryClient, run: str) -> list[str]:
     """Drops sealed tables of a run that nobody has pinned and that belong to none of its last KEEP published versions,
     with and without those that were taken back.
 
-    Returns their names. What somebody pins while we look stays, for the next time.
+    Returns their names. What somebody pins while we look stays, for the next time. Raises UnknownTableError for a run that
+    has neither versions nor sealed tables.
     """
     client.connections.refresh()
-    if not client.connections.epoch:
-        return []
     placement = client.placement
     versions = placement.versions.get(run, ())
     others = [version for each, of in placement.versions.items() if each != run for version in of]
     standing = [version for version in versions if not version.taken_back]
     kept = {table for version in (*others, *versions[-KEEP:], *standing[-KEEP:]) for table in version.tables}
     named = {name for name, spec in placement.tables.items() if spec.version and name.startswith(f"{run}.engram.")}
+    if not versions and not named:
+        known = {
+            *placement.versions,
+            *(name.partition(".engram.")[0] for name, spec in placement.tables.items() if spec.version),
+        }
+        raise UnknownTableError(f"no run {run!r} has sealed tables; known: {', '.join(sorted(known)) or 'none'}")
     of_run = named | {table for version in versions for table in version.tables}
     unused = sorted(of_run - kept - tables_held(client.connections))
     with suppress(PinnedError):

@@ -37,8 +37,6 @@ def server_options(keepalive_seconds: float) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # Calls of one connection at a time, refused or waiting ones included.
         ("grpc.max_concurrent_streams", MAX_CALLS),
-        # Commands ask every 20 s whether we live (below); gRPC's default closes the connection of who asks twice in 5 minutes.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from engrid.host.memory import gib, memory
 
 MEMORY_SHARE = 0.8
 """Of what is free, for rows; the rest is for replies, pushes and the log."""
-MOST_NAME = 200
+
+
+MAX_NAME = 100
 """Letters of a shard's name."""
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
+"""A line of the state folder's lock, a file of the run directory, the end of another file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,9 @@ class ShardConfig:
     """Hand sealed rows to processes of this host and user, to be mapped and read without asking."""
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.name) <= MOST_NAME or "/" in self.name or not self.name.isprintable():
+        if not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"shard name {self.name[: MOST_NAME + 1]!r}: give a name of at most {MOST_NAME} letters, without slashes or line breaks"
+                f"shard name {self.name!r}: give letters, digits, '.', '_' and '-', not starting with a sign, {MAX_NAME} at most"
             )
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:

@@ -26,6 +26,7 @@ from engrid.rpc.errors import (
 )
 from engrid.rpc.frames import Ids, ids_from_bytes
 from engrid.rpc.wire import Request, new_reply
+from engrid.storage.log.log import SEGMENT_BYTES
 from engrid.v1 import memory_pb2 as pb
 
 from .config import MEMORY_SHARE, ShardConfig
@@ -41,6 +42,9 @@ from .ops.checkpointing import Checkpointing
 from .ops.transfers import Transfers
 from .rows.partitions import SealedPartition, TableRows, refuse_empty
 from .rows.sealed import SealedRows
+
+LEAST_SEGMENT_BYTES = 1 << 16
+"""Of the log, which a base shortens by whole segments: one must not hold far more than makes a base due."""
 
 CONTROL_SECONDS = 10.0
 """For which a call that only asks waits for the lock, which a disk that hangs may keep."""
@@ -68,7 +72,8 @@ class ShardService:
         self.bytes_limit = config.memory_bytes or int(MEMORY_SHARE * memory().free)
         self._folder = StateFolder(config.state, config.name) if config.state else None
         try:
-            self.journal = Journal(config.name, self._folder.disk if self._folder else None)
+            segment = max(LEAST_SEGMENT_BYTES, min(SEGMENT_BYTES, config.log_bytes))
+            self.journal = Journal(config.name, self._folder.disk if self._folder else None, segment_bytes=segment)
         except BaseException:
             self._close_folder()
             raise
@@ -350,10 +355,6 @@ class ShardService:
 
     def _bytes_under(self, placement: Placement) -> int:
         return placement.bytes_by_shard().get(self.config.name, 0)
-
-    def bytes_held(self) -> int:
-        """Of rows and optimizer state."""
-        return self._rows.nbytes
 
     def backlog_bytes(self) -> int:
         """Of log, that a start would replay."""

@@ -4,8 +4,12 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
+from engrid.client import MemoryClient, TrainingRun
+from engrid.control.tables import create_tables
 from engrid.directory.placement import Partition, Placement
+from engrid.rpc.errors import DiskFullError
 from engrid.shard.config import ShardConfig
 from engrid.shard.core.messages import PartitionPush, Push
 from engrid.shard.journal.base import begin_snapshots
@@ -16,7 +20,9 @@ from engrid.shard.rows.snapshot import ImageMemory
 from engrid.shard.service import ShardService
 from engrid.tables import OptimizerSpec, TableSpec
 from engrid.v1 import memory_pb2 as pb
+from tests.shards import local_shards, table
 from tests.simulated_disk import SimulatedDisk
+from tests.waiting import until
 
 
 def placement(epoch=1, seed=0):
@@ -128,3 +134,27 @@ def test_table_is_not_replaced_while_a_step_is_being_applied():
     assert core.epoch == 2
     assert core.reached("t") == 0
     service.close()
+
+
+def test_room_for_a_base_is_asked_for_what_it_holds_and_sealed_rows_are_in_none(tmp_path, monkeypatch):
+    """Else a disk smaller than the sealed rows took no base ever, and the log grew until it was full."""
+    with local_shards(tmp_path, 1, state=tmp_path / "state") as (shard,), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [table("t", 1000), table("m@1", 100_000, optimizer=None)])
+        service = shard._service
+        monkeypatch.setattr(service.journal.log._disk, "free_bytes", lambda: 1000 * 32)
+        service._bases.make()
+        assert service.journal.is_based
+        monkeypatch.setattr(service.journal.log._disk, "free_bytes", lambda: 1000 * 32 - 1)
+        with pytest.raises(DiskFullError, match="needs 32000 bytes"):
+            service._bases.make()
+
+
+def test_the_log_on_disk_stays_near_the_bound_that_bases_are_made_by(tmp_path):
+    """A segment of 64 MiB stayed active through all bases, whatever the bound."""
+    state = tmp_path / "state"
+    with local_shards(tmp_path, 1, state=state, log_bytes=1 << 17), MemoryClient(f"file:{tmp_path}") as client:
+        create_tables(client, [table("t", 1000)])
+        run, rows = TrainingRun(client, run="r", tables=["t"]), (np.arange(1000), np.ones((1000, 8), np.float32))
+        for step in range(1, 31):
+            run.push({"t": rows}, step=step, learning_rate=1.0)
+        until(lambda: sum(path.stat().st_size for path in (state / "log").iterdir()) <= 5 << 17)

@@ -59,3 +59,11 @@ def test_a_name_that_was_not_written_whole_is_nobodys(tmp_path):
     StateFolder(tmp_path, "b").close()
     assert owner_of(tmp_path) == "b"
     assert owner_of(tmp_path / "missing") == ""
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", "a b", "a@b", "-a", "a\0", "a" * 101])
+def test_a_shard_has_a_name_that_a_line_and_a_file_can_hold(name):
+    """A shard of two lines was refused its own state folder when it was started again."""
+    with pytest.raises(ValueError, match="shard name"):
+        ShardConfig(name=name, directory="file:/nowhere")
+    ShardConfig(name="a" * 100, directory="file:/nowhere")

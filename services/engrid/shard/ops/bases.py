@@ -98,7 +98,7 @@ class Bases:
 
     def refuse_without_room(self) -> None:
         """Before a base takes what room there is from the log, and pushes are refused for its sake. Raises DiskFullError."""
-        needed, free = self._service.bytes_held(), self._service.journal.needed_disk().free_bytes()
+        needed, free = self._service.journal.rows.live_nbytes, self._service.journal.needed_disk().free_bytes()
         if needed > free:
             raise DiskFullError(
                 f"shard {self._service.config.name} needs {needed} bytes in {self._service.config.state} to write its "

@@ -186,6 +186,12 @@ class ShardRows:
         """Bytes of rows and optimizer state held."""
         return sum(part.rows.nbytes for table in self._tables.values() for part in table.parts)
 
+    @property
+    def live_nbytes(self) -> int:
+        """The same of live partitions: what a base holds."""
+        parts = [part for table in self._tables.values() for part in table.parts]
+        return sum(part.rows.nbytes for part in parts if not isinstance(part, SealedPartition))
+
     def partition(self, key: PartitionKey) -> AnyPartition:
         """The rows of a partition held here."""
         try:

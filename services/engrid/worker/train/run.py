@@ -22,7 +22,7 @@ from engrid.control.tables import create_tables
 from engrid.model.generate import Memory
 from engrid.model.rows import InProcessTables
 from engrid.model.transformer import Transformer
-from engrid.rpc.errors import DeadlineExceededError, EngridError
+from engrid.rpc.errors import DeadlineExceededError, EngridError, RunMismatchError
 from engrid.tables import RowTable, TableSpec
 from engrid.worker.config import TrainConfig
 from engrid.worker.dense import load_dense
@@ -274,7 +274,11 @@ class _Setup:
             durable=config.durable,
             bounded=config.staleness >= 0,
         )
-        assert step == self.start.step, f"the shards stand at step {step}, the weights at {self.start.step}"
+        if step != self.start.step:
+            raise RunMismatchError(
+                f"the shards stand at step {step} of run {config.run}, the weights at {self.start.step}: another process changed "
+                "the tables meanwhile. Resume from a checkpoint"
+            )
         return rows
 
 
