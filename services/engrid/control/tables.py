@@ -16,7 +16,15 @@ import grpc
 from engrid.client.apart import Calls, apart
 from engrid.client.arrays import as_integer, check_number, check_text
 from engrid.client.client import MemoryClient
-from engrid.directory import EMPTY_PLACEMENT, Directory, Placement, with_shards, with_tables, without_tables
+from engrid.directory import (
+    EMPTY_PLACEMENT,
+    Directory,
+    EpochConflictError,
+    Placement,
+    with_shards,
+    with_tables,
+    without_tables,
+)
 from engrid.rpc.errors import BadRequestError, EngridError, ShardUnavailableError, WrongEpochError, from_rpc
 from engrid.rpc.forks import check_not_forked
 from engrid.tables import TableSpec
@@ -144,6 +152,8 @@ def change(client: MemoryClient, before: Placement, after: Placement) -> Placeme
         directory.publish(after, expected_epoch=claimed)
         for shard in after.shards:
             _adopt(client, after, shard)
+    except EpochConflictError:  # nothing was published, though what somebody else did may look the same
+        raise
     except BaseException:  # Ctrl-C too: some shards have it, and the directory says that all have
         if directory.placement() == after:
             _take_back(client, directory, replace(before, epoch=after.epoch + 1))

@@ -63,7 +63,7 @@ class ShardConfig:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"shard name {self.name!r}: give letters, digits, '.', '_' and '-', not starting with a sign, {MAX_NAME} at most"
+                f"shard name {self.name[: MAX_NAME + 1]!r}: give letters, digits, '.', '_' and '-', not starting with a sign, {MAX_NAME} at most"
             )
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
