@@ -23,19 +23,20 @@ class Calls:
     """Those that one piece of work has begun."""
 
     def __init__(self) -> None:
-        self._stopped = False
+        self.stopped = False
+        """The work is given up."""
         self._begun: list[Any] = []
 
     def add(self, call: Any) -> Any:
         """The same call, which ends where the work is given up."""
-        self._begun.append(call)
-        if self._stopped:
+        self._begun = [*(each for each in self._begun if not each.done()), call]
+        if self.stopped:
             self._cancel()
         return call
 
     def stop(self) -> None:
         """Ends every call, and each to come; returns at once."""
-        self._stopped = True
+        self.stopped = True
         if not is_forked():
             _thread.start_new_thread(self._cancel, ())
 

@@ -6,8 +6,6 @@ between two tries to connect (rpc/channel.py), and neither do we.
 
 from __future__ import annotations
 
-import _thread
-import queue
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +23,8 @@ from engrid.rpc.errors import (
     WrongEpochError,
     from_rpc,
 )
-from engrid.rpc.forks import check_not_forked
 
+from .apart import Calls, apart
 from .client import MemoryClient
 from .connections import Method
 
@@ -55,88 +53,62 @@ def ask_all(
 
     deadline: None: `push_timeout` from now. Raises CancelledError once the client is closed.
 
-    A thread of its own calls gRPC: Ctrl-C in the middle of that leaves gRPC's locks held, and the next call hangs. Here
-    it ends the wait, and then no call goes on.
+    Ctrl-C ends the wait, and then no call goes on.
     """
-    check_not_forked()
     if deadline is None:
         deadline = time.monotonic() + client.config.push_timeout
     asking = _Asking(client, method, requests, deadline)
-    try:
-        _thread.start_new_thread(
-            asking.run, ()
-        )  # in one piece, as threading's start is not; Ctrl-C may come right after it
-        error = asking.done.get()
-    except BaseException:
-        asking.stopped = True
-        _thread.start_new_thread(asking.stop, ())
-        raise
-    if error is not None:
-        raise error
-    answers = asking.answers
+    answers = apart(asking.ask)
     answers.errors = {shard: client.connections.advised(error) for shard, error in answers.errors.items()}
     return answers
 
 
 class _Asking:
-    """One `ask_all`, in its thread."""
+    """One `ask_all`."""
 
     def __init__(self, client: MemoryClient, method: Method, requests: Mapping[str, Message], deadline: float) -> None:
-        self.answers = Answers()
-        self.done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self.stopped = False
+        self._answers = Answers()
         self._client, self._method, self._requests, self._deadline = client, method, requests, deadline
-        self._calls: dict[str, Any] = {}
 
-    def run(self) -> None:
-        try:
-            self._ask()
-        except BaseException as error:  # noqa: BLE001 - raised to whoever waits
-            self.done.put(error)
-        else:
-            self.done.put(None)
-
-    def stop(self) -> None:
-        for call in list(self._calls.values()):
-            call.cancel()
-
-    def _ask(self) -> None:
-        connections, answers, deadline = self._client.connections, self.answers, self._deadline
+    def ask(self, calls: Calls) -> Answers:
+        connections, answers, deadline = self._client.connections, self._answers, self._deadline
         asked, pause, looked = list(self._requests), SHORTEST_PAUSE, 0.0
-        while asked and not self.stopped:
+        while asked and not calls.stopped:
             before, answers.errors = answers.errors, {}
-            addresses = self._ask_once(asked)
+            addresses = self._ask_once(asked, calls)
             for shard, error in answers.errors.items():
                 if isinstance(error, DeadlineExceededError):  # why it was away says more
                     answers.errors[shard] = before.get(shard, error)
             if not answers.errors or time.monotonic() >= deadline:
-                return
+                break
             if time.monotonic() - looked > LOOK_SECONDS:
                 connections.refresh(deadline)
                 looked = time.monotonic()
             moved = {shard for shard in answers.errors if connections.address(shard) != addresses[shard]}
             if not all(_is_away(error, moved=shard in moved) for shard, error in answers.errors.items()):
-                return
+                break
             asked = list(answers.errors)
             answers.again.update(asked)
             # One that is there and cannot serve (a disk that failed) answers at once, every time.
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, LONGEST_PAUSE)
+        return answers
 
-    def _ask_once(self, asked: Sequence[str]) -> dict[str, str]:
+    def _ask_once(self, asked: Sequence[str], calls: Calls) -> dict[str, str]:
         """Returns the addresses that were asked."""
         transports = {shard: self._client.connections.transport(shard) for shard in asked}
         timeout = max(0.0, self._deadline - time.monotonic())
-        self._calls = {}
+        begun = {}
         for shard, transport in transports.items():
-            self._calls[shard] = transport.future(self._method, self._requests[shard], timeout)
-            if self.stopped:
-                self.stop()
-        for shard, call in self._calls.items():
             try:
-                self.answers.replies[shard] = call.result()
+                begun[shard] = calls.add(transport.future(self._method, self._requests[shard], timeout))
+            except ShardUnavailableError as error:  # the connection was closed: asked again, it is another or none
+                self._answers.errors[shard] = error
+        for shard, call in begun.items():
+            try:
+                self._answers.replies[shard] = call.result()
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                self.answers.errors[shard] = _error_of(error, transports[shard].peer)
+                self._answers.errors[shard] = _error_of(error, transports[shard].peer)
         return {shard: transport.address for shard, transport in transports.items()}
 
 

@@ -313,6 +313,6 @@ def refuse_empty(shard: str, table: str) -> NoReturn:
             f"shard {shard} does not have all rows of sealed table {table} yet; wait until it is loaded, or load it again"
         )
     raise ShardUnavailableError(
-        f"shard {shard} lost its live rows of table {table}, by a restart or a restore that failed; load a checkpoint or "
+        f"shard {shard} lost its live rows of table {table}, by a restart or a restore that failed, or is just given others; wait for those, load a checkpoint or "
         "create the table anew"
     )
