@@ -94,7 +94,7 @@ def call_with_anything(folder, address, seed, count):
     ):
         if not client.connections.epoch:
             create_tables(client, [table(), table("u"), table("m@1", optimizer=None)])
-        TrainingRun(client, run="r", attempt=1, worker=0, workers=1, tables=["t"])
+        TrainingRun(client, run="r", tables=["t"])  # attempt 1, or the next where it is called again
         others = initial_rows(table("u"), 0, 1000).tobytes()
         requests = _requests(str(folder), client.placement)
         for number in range(count):
