@@ -107,8 +107,10 @@ def test_a_run_goes_on_once_the_named_command_has_started_the_killed_shard_again
         state = record.state(run_dir) / "shard-1"
         wait_for(lambda: state.exists() and sum(each.stat().st_size for each in state.rglob("*.log")) > 10_000, 90)
         os.kill(directory.shards()["shard-1"].pid, signal.SIGKILL)
-        line = wait_for(training.stdout.readline)
-        assert line.startswith("shard-1 does not answer, and the run waits for it")
+        said = "shard-1 does not answer, and the run waits for it"
+        line = wait_for(
+            lambda: next((line for line in iter(training.stdout.readline, "") if line.startswith(said)), "")
+        )
         command = shlex.split(line.partition("start it again with: ")[2])
         shard = subprocess.Popen([*ENGRID, *command[1:]], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         try:

@@ -40,7 +40,7 @@ def test_ctrl_c_at_a_stage_of_starting_leaves_no_process(tmp_path, stage):
 
 
 def test_ctrl_c_once_the_text_is_encoded_leaves_no_process(tmp_path):
-    interrupt_demo(tmp_path, lambda _record: any(tmp_path.glob("corpus-*")))
+    interrupt_demo(tmp_path, lambda _record: any(tmp_path.rglob("corpus-*")))
 
 
 @pytest.mark.parametrize("seconds", [1.0, 3.0, 5.0, 15.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,9 +10,13 @@ import torch
 from engrid.addressing.lookup import Lookup
 from engrid.addressing.spec import EngramSpec
 from engrid.client import Attempt, MemoryClient, Pending, RowLookup, Traffic, TrainingRun
-from engrid.rpc.frames import Floats, Ids
+from engrid.rpc.errors import ShardUnavailableError
+from engrid.rpc.frames import Bytes, Floats, Ids
 
 from .device import DeviceRows, to_device
+
+PAUSE = 0.05
+"""Seconds before a shard that is away is asked again."""
 
 
 class RemoteRows:
@@ -66,8 +71,12 @@ class RemoteRows:
         self.tokens += len(lookups[0].keys) if lookups else 0
         named = [RowLookup(self._tables[lookup.layer], lookup.row_ids, lookup.keys, lookup.order) for lookup in lookups]
         step = self._step if self._bounded else 0
-        pending = self._client.prefetch(named, step=step, run=self._identity, traffic=self.traffic)
-        return RemotePending(pending, self._spec, self._tables, self._device_rows, self._read)
+
+        def ask() -> Pending:
+            return self._client.prefetch(named, step=step, run=self._identity, traffic=self.traffic)
+
+        patience = self._client.config.push_timeout if self._run is not None else 0.0
+        return RemotePending(ask, patience, self._spec, self._tables, self._device_rows, self._read)
 
     def _read(self, step: int) -> None:
         self.read_step = step
@@ -85,14 +94,17 @@ class RemotePending:
 
     def __init__(
         self,
-        pending: Pending,
+        ask: Callable[[], Pending],
+        patience: float,
         spec: EngramSpec,
         tables: Mapping[int, str],
         device_rows: DeviceRows,
         on_step: Callable[[int], None],
     ) -> None:
-        """on_step: told the step of the rows once they have come."""
-        self._pending = pending
+        """ask: sends the requests. patience: seconds for which a shard that is away is asked again. on_step: told the step of
+        the rows once they have come."""
+        self._ask, self._patience = ask, patience
+        self._pending = ask()
         self._spec = spec
         self._tables = tables
         self._device_rows = device_rows
@@ -100,6 +112,20 @@ class RemotePending:
 
     def rows(self, layer: int) -> torch.Tensor:
         """float32 [T, heads of all orders, row_width]; dead positions are zeros."""
-        raw = self._pending.rows(self._tables[layer], self._device_rows.buffer)
+        raw = self._wait(self._tables[layer])
         self._on_step(self._pending.step)
         return self._device_rows.values(raw, self._spec.row_format, self._spec.row_width)
+
+    def _wait(self, table: str) -> Bytes:
+        until = time.monotonic() + self._patience
+        again = False
+        while True:
+            try:
+                if again:
+                    self._pending = self._ask()
+                return self._pending.rows(table, self._device_rows.buffer)
+            except ShardUnavailableError:
+                if time.monotonic() >= until:
+                    raise
+            again = True
+            time.sleep(PAUSE)
