@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -69,6 +70,8 @@ class RemoteRows:
             if lookup.layer not in self._tables:
                 raise ValueError(f"no table for layer {lookup.layer}; there are tables for {sorted(self._tables)}")
         self.tokens += len(lookups[0].keys) if lookups else 0
+        if self._run is not None:  # may be sent again later, when the caller's arrays may hold others
+            lookups = [replace(each, keys=each.keys.copy(), row_ids=each.row_ids.copy()) for each in lookups]
         named = [RowLookup(self._tables[lookup.layer], lookup.row_ids, lookup.keys, lookup.order) for lookup in lookups]
         step = self._step if self._bounded else 0
 
